@@ -19,3 +19,11 @@ class OptimConfig:
     schedule: str = "cosine"  # cosine | linear | constant
     warmup: float = 0.1  # share of steps
     min_lr_ratio: float = 0.1
+
+    def problems(self) -> list[str]:
+        return []
+
+
+def default_lr(numbers: int) -> float:
+    """Peak lr of dense methods for a model of so many parameters."""
+    return 1e-3 if numbers < 1_000_000_000 else 5e-4
