@@ -10,10 +10,12 @@ Exit codes: 0 done, or saved on a signal; 2 bad configuration; 3 training stoppe
 
 from __future__ import annotations
 
+import hashlib
 import logging
 import signal
 import sys
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -22,7 +24,7 @@ import torch
 
 import data
 import optim
-from configs.cli import compose_text, help_text, parse
+from configs.cli import answer, parse
 from configs.schema import Config, ConfigError, to_yaml
 from llama import checkpoint, metrics, pretrained
 from llama.card import peak_flops
@@ -54,7 +56,6 @@ class Run:
         self.cfg, self.comm, self.folder, self.source = cfg, comm, folder, source
         cuda = comm.device.type == "cuda"
         self.dtype = torch.bfloat16 if (cfg.weights or ("bf16" if cuda else "fp32")) == "bf16" else torch.float32
-        self.autocast = cuda and self.dtype == torch.float32  # fp32 weights: matrix products still run in bf16
         self.dataset = comm.node_first(
             lambda: data.build(cfg.data, vocab_size=cfg.model.vocab_size, seq_len=cfg.seq_len, seed=cfg.seed)
         )
@@ -73,6 +74,7 @@ class Run:
         saved = self.restore(source) if source else {}
         self.start = saved.get("step", 0)
         self.position: dict[str, Any] | None = saved.get("data")
+        self.stream: str = saved.get("stream", "")  # running hash of every token trained on, over all ranks
         if cfg.compile == "auto" and cuda:
             compile_blocks(self.model)
         rows = cfg.tokens_per_step // cfg.seq_len
@@ -99,7 +101,7 @@ class Run:
         total = torch.zeros((), dtype=torch.float32, device=self.comm.device)
         for x, y in zip(batch.x.split(self.cfg.micro_batch), batch.y.split(self.cfg.micro_batch), strict=True):
             x, y = (t.to(self.comm.device, non_blocking=True) for t in (x, y))
-            with torch.autocast("cuda", torch.bfloat16) if self.autocast else nullcontext():
+            with self.precision():
                 loss = self.model(x, y) / valid
             loss.backward()
             total += loss.detach()
@@ -109,6 +111,11 @@ class Run:
         self.comm.sum_(total)
         if self.book:
             self.book.step(step, lr, self.cfg.tokens_per_step, {"loss": total, **self.opt.stats})
+
+    def precision(self) -> AbstractContextManager[Any]:
+        """fp32 weights on a GPU: matrix products still run in bf16."""
+        mixed = self.comm.device.type == "cuda" and self.dtype == torch.float32
+        return torch.autocast("cuda", torch.bfloat16) if mixed else nullcontext()
 
     def set_lr(self, step: int) -> float:
         o = self.cfg.optim
@@ -125,7 +132,7 @@ class Run:
             self.evaluate(0)
         for step in range(self.start + 1, cfg.steps + 1):
             batch = next(self.loader)
-            valid, asked, broken = self.comm.sums(batch.valid, stop.asked, failed)
+            valid, digest, asked, broken = self.comm.sums(batch.valid, batch.digest, stop.asked, failed)
             if broken:
                 raise Stopped(
                     f"{SKIPPED_IN_A_ROW} steps in a row had non-finite gradients and were skipped (last step {step - 1}); "
@@ -137,6 +144,7 @@ class Run:
                 log.info("%s: saved at step %d; the same command goes on from there", stop.name, step - 1)
                 return
             self.step(step, batch, max(1, valid))
+            self.stream = hashlib.sha256(f"{self.stream}{digest}".encode()).hexdigest()
             last = step == cfg.steps
             if self.book and (self.book.due() or last):
                 failed = any(row["skipped_in_a_row"] >= SKIPPED_IN_A_ROW for row in self.book.flush())
@@ -147,15 +155,17 @@ class Run:
                 saved = step
 
     def evaluate(self, step: int) -> None:
-        values = evaluate(
-            self.model,
-            self.held_out,
-            self.cfg.micro_batch,
-            rank=self.comm.rank,
-            world=self.comm.world,
-            all_sum=self.comm.sum_,
-            device=self.comm.device,
-        )
+        comm = self.comm
+        with self.precision():
+            values = evaluate(
+                self.model,
+                self.held_out,
+                self.cfg.micro_batch,
+                rank=comm.rank,
+                world=comm.world,
+                all_sum=comm.sum_,
+                device=comm.device,
+            )
         if self.book:
             self.book.evaluation(step, values)
             write_samples(self.folder, step, self.model, self.dataset.tokenizer)
@@ -175,12 +185,18 @@ class Run:
                 step,
                 self.model,
                 self.opt.state_dict()["state"],
-                {"data": self.position, "tokens": self.book.tokens, "config": self.cfg.as_dict()},
+                {"data": self.position, "stream": self.stream, "tokens": self.book.tokens, "config": self.cfg.as_dict()},
                 keep_last=self.cfg.keep_last,
-                write_config=lambda to: pretrained.write_config(self.cfg.model, to, self.dataset.tokenizer),
+                write_config=self.write_config,
             )
             self.book.resume_clock()
         self.comm.sums(0)  # nobody leaves or goes on before the save is on disk
+
+    def write_config(self, to: Path) -> None:
+        t = self.dataset.tokenizer
+        pretrained.write_config(
+            self.cfg.model, to, dtype=self.dtype, eos_token_id=t.eos_id, pad_token_id=t.pad_id, seq_len=self.cfg.seq_len
+        )
 
     def restore(self, source: Path) -> dict[str, Any]:
         pretrained.load_weights(self.model, source)
@@ -277,20 +293,22 @@ def train(cfg: Config, comm: Comm) -> None:
 
 def main(argv: list[str]) -> int:
     logging.basicConfig(format="%(message)s", level=logging.INFO, force=True)
-    if {"-h", "--help"} & set(argv):
-        print(help_text())
-        return 0
     comm = None
     try:
-        if "--cfg" in argv:
-            print(compose_text(argv))
+        text = answer(argv)  # --help, --cfg
+        if text is not None:
+            print(text)
             return 0
         cfg = parse(argv)
+        if cfg.model.init_from:
+            cfg.model = replace(pretrained.load_config(cfg.model.init_from), init_from=cfg.model.init_from)
+        cfg = cfg.resolved()
         comm = Comm.from_env()
+        cfg.accumulation(comm.world)
         if comm.rank:
             log.setLevel(logging.ERROR)
         train(cfg, comm)
-    except (ConfigError, data.DataError, checkpoint.CheckpointError) as e:
+    except (ConfigError, data.DataError, pretrained.FolderError) as e:
         print(e, file=sys.stderr)
         return 2
     except (Stopped, data.DamageLimit) as e:

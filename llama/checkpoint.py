@@ -25,10 +25,6 @@ log = logging.getLogger("subspan")
 MANIFEST = "manifest.json"
 
 
-class CheckpointError(ValueError):
-    """A save cannot be read or does not fit this run; says which file or setting and what to do."""
-
-
 def folder(run: Path, step: int) -> Path:
     return run / "checkpoints" / f"step_{step:08d}"
 
