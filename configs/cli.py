@@ -1,7 +1,7 @@
-"""From a command line to a checked Config: Hydra's groups and syntax, and every problem at once, one line each.
+"""From a command line to a checked Config: Hydra's groups and syntax, every problem at once, one line each.
 
-Hydra composes the group files; the values of the command line are then put in one by one, because Hydra would stop at
-the first bad one. Order of precedence: dataclass, group file, recipe, command line. No torch here.
+Hydra composes the group files; the values of the command line are then put in one by one, because Hydra would
+stop at the first bad one. Order of precedence: dataclass, group file, recipe, command line. No torch here.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ NAMED_BY_GROUP = {"optim.name": "optim", "data.name": "data"}
 
 
 def parse(argv: list[str], folder: Path = FOLDER) -> Config:
-    """The configuration that `argv` (without the program's name) asks for, checked; `folder` holds the group files.
+    """The configuration that `argv` (without the program's name) asks for, checked; group files are in `folder`.
 
     Raises ConfigError with every problem: one line each, with the key and the value as they were typed.
     """
@@ -115,7 +115,9 @@ def _value(name: str, typed: str) -> Any:
         return override.value()
     except HydraException as error:
         reason = show(str(error).split("\n")[0])
-        raise ValueError(f"cannot be read ({reason}); put the value in quotes inside quotes: '\"...\"'") from None
+        raise ValueError(
+            f"cannot be read ({reason}); put the value in quotes inside quotes: '\"...\"'"
+        ) from None
     except RecursionError:
         raise ValueError("nested too deeply; write a plain value") from None
 
@@ -147,7 +149,7 @@ def _as_typed(line: str, cfg: Config, texts: dict[str, str]) -> str:
 
 @lru_cache(64)
 def _compose(choices: tuple[tuple[str, str], ...], folder: Path) -> tuple[Config, dict[str, str]]:
-    """Config of the group files and the option taken for each group. The caller copies before it changes anything."""
+    """Config of the group files and the option taken for each group. Callers copy before they change anything."""
     register()
     overrides = [f"{group}={option}" for group, option in choices if option is not None]
     try:
@@ -164,7 +166,7 @@ def _compose(choices: tuple[tuple[str, str], ...], folder: Path) -> tuple[Config
 
 
 def _file_problems(error: Exception, choices: dict[str, str], folder: Path) -> list[str]:
-    """Lines for group files that do not compose: each bad key and value of the files chosen, else Hydra's own words."""
+    """Lines for group files that do not compose: each bad key and value in them, else Hydra's own words."""
     found = []
     for group, option in choices.items():
         path = folder / group / f"{option}.yaml"
@@ -180,7 +182,7 @@ def _file_problems(error: Exception, choices: dict[str, str], folder: Path) -> l
 
 
 def answer(argv: list[str]) -> str | None:
-    """What to print instead of running: the help for -h and --help, the composed configuration for --cfg [job].
+    """What to print instead of running: the help for -h and --help, the composed values for --cfg [job].
 
     None when `argv` asks for neither. Raises ConfigError as `parse` does.
     """

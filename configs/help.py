@@ -1,4 +1,4 @@
-"""The text of --help: what a newcomer needs, generated from the group files and the dataclasses. At most 80 columns."""
+"""The text of --help: what a newcomer needs, with the group files and dataclasses as they are. 80 columns."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ GROUPS = {
 HEAD = """\
 subspan pre-trains LLaMA models on text, on one card, many, or a CPU.
 
-  make train                                    learn English on this CPU, minutes
+  make train                                    learn English on a CPU, minutes
   python train.py model=llama_60m data=c4       a real run on a GPU
   torchrun --nproc-per-node 2 train.py ...      the same on two GPUs
   python -m llama.generate runs/NAME "Once"     text from a trained model
@@ -77,6 +77,7 @@ def group_options(group: str, folder: Path = FOLDER) -> list[str]:
 
 
 def help_text() -> str:
+    """The whole text, about 60 lines."""
     cfg = Config()
     lines = [HEAD, "Groups, chosen with GROUP=OPTION (first the default):"]
     defaults = {"model": "llama_60m", "optim": "adamw", "data": "c4"}
@@ -96,5 +97,7 @@ def help_text() -> str:
             lines.append(f"  {key + '=' + text:<26} {PHRASES[key]}")
         elif key.startswith("model."):
             shapes.append(f"{key}={text}")
-    lines += textwrap.wrap("  shapes: " + " ".join(shapes), 80, subsequent_indent=" " * 4, break_on_hyphens=False)
+    lines += textwrap.wrap(
+        "  shapes: " + " ".join(shapes), 80, subsequent_indent=" " * 4, break_on_hyphens=False
+    )
     return "\n".join([*lines, "", TAIL])

@@ -1,4 +1,4 @@
-"""The configuration of a run: one dataclass for each group, ranges and combinations checked before anything is allocated.
+"""The configuration of a run: a dataclass for each group, everything checked before anything is allocated.
 
 No torch here. Group files under this folder give values; the dataclasses give keys, types and defaults.
 """
@@ -18,7 +18,7 @@ from .values import ConfigError, apply, read_yaml
 
 __all__ = ["Config", "ConfigError", "RunConfig", "SCHEMAS", "from_yaml", "register", "to_yaml"]
 
-# Group -> schema name -> dataclass. A group file opens with `defaults: [/schema/<group>/<schema name>@_here_]`.
+# Group -> schema name -> dataclass. A group file opens with `defaults: [/schema/<group>/<name>@_here_]`.
 SCHEMAS: dict[str, dict[str, type]] = {
     "model": {"llama": ModelConfig},
     "optim": {"adamw": OptimConfig},
@@ -106,9 +106,13 @@ class Config:
         name = self.run.name
         if name is None:
             return found
-        plain = name.isprintable() and name == name.strip() and name not in ("", ".", "..") and len(name) <= 200
+        plain = (
+            name.isprintable() and name == name.strip() and name not in ("", ".", "..") and len(name) <= 200
+        )
         if not plain or set(name) & set("/\\") or name.startswith("-"):
-            found.append(f"run.name={name}: not a plain folder name; give it without / and \\, put the path in run.dir")
+            found.append(
+                f"run.name={name}: not a plain folder name; give it without / and \\, put the path in run.dir"
+            )
         return found
 
     def combinations(self) -> list[str]:
@@ -122,7 +126,7 @@ class Config:
     def accumulation(self, world: int) -> int:
         """Micro-batches per optimizer step on each of `world` ranks.
 
-        Raises ConfigError when tokens_per_step is not a whole number of them, with the nearest values that are.
+        Raises ConfigError when tokens_per_step is no whole number of them, with the nearest values that are.
         """
         once = self.micro_batch * self.seq_len * world
         whole, rest = divmod(self.tokens_per_step, once)

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from dataclasses import fields, is_dataclass
 from difflib import get_close_matches
-from functools import cache
 from pathlib import Path
 from types import NoneType
 from typing import Any, get_args, get_type_hints
@@ -23,20 +22,16 @@ class ConfigError(ValueError):
         self.problems = problems
 
 
-@cache
-def _hints(kind: type) -> dict[str, Any]:
-    return get_type_hints(kind)
-
-
 def leaves(node: Any, prefix: str = "") -> dict[str, Any]:
     """Key -> type hint of every field below a dataclass instance, in the order of declaration."""
     found: dict[str, Any] = {}
+    hints = get_type_hints(type(node))
     for f in fields(node):
         value = getattr(node, f.name)
         if is_dataclass(value):
             found |= leaves(value, f"{prefix}{f.name}.")
         else:
-            found[prefix + f.name] = _hints(type(node))[f.name]
+            found[prefix + f.name] = hints[f.name]
     return found
 
 
@@ -52,7 +47,7 @@ def put(cfg: Any, key: str, value: Any) -> None:
 
 
 def convert(value: Any, hint: Any) -> Any:
-    """`value` as the type that the field declares. Nothing is guessed: 1.5 is no int, 1 is no bool, 7 is no text.
+    """`value` as the type that the field declares. Nothing is guessed: 1.5 is no int, 1 no bool, 7 no text.
 
     Raises ValueError with reason and way out.
     """
@@ -108,7 +103,9 @@ def show(text: object) -> str:
 def nearest(name: str, known: list[str]) -> str:
     """`did you mean X?`, or an empty text when nothing is near. `lr` finds `optim.lr`."""
     ends = {k.rsplit(".", 1)[-1]: k for k in known}
-    hit = get_close_matches(name, known, 1, 0.7) or get_close_matches(name.rsplit(".", 1)[-1], list(ends), 1, 0.7)
+    hit = get_close_matches(name, known, 1, 0.7) or get_close_matches(
+        name.rsplit(".", 1)[-1], list(ends), 1, 0.7
+    )
     return f"did you mean {ends.get(hit[0], hit[0])}?" if hit else ""
 
 
@@ -123,8 +120,8 @@ def read_yaml(path: Path) -> dict[str, Any]:
         tree = OmegaConf.to_container(node, resolve=False)
     except (OSError, UnicodeDecodeError, YAMLError, OmegaConfBaseException) as error:
         raise ConfigError([f"{path}: cannot be read as YAML: {show(' '.join(str(error).split()))}"]) from None
-    if not isinstance(tree, dict):
-        raise ConfigError([f"{path}: not a mapping of keys to values"])
+    if not isinstance(tree, dict) or not tree:
+        raise ConfigError([f"{path}: holds no keys and values"])
     return _flat(tree)
 
 
@@ -139,11 +136,13 @@ def _flat(tree: dict[Any, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def apply(cfg: Any, values: dict[str, Any]) -> list[str]:
-    """Put key -> value into `cfg`, one by one; returns a line for each that is unknown or of the wrong type."""
+    """Put key -> value into `cfg`, one by one; returns a line for each unknown key or value of a wrong type."""
     known, found = leaves(cfg), []
     for key, value in values.items():
         if key not in known:
-            found.append(f"{show(key)}={show(value)}: no such key; {nearest(key, list(known)) or 'see --help'}")
+            found.append(
+                f"{show(key)}={show(value)}: no such key; {nearest(key, list(known)) or 'see --help'}"
+            )
             continue
         try:
             put(cfg, key, convert(value, known[key]))

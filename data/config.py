@@ -20,6 +20,3 @@ class DataConfig:
     workers: int | None = None  # tokenizing processes; None: 0 on a CPU, a few on a GPU
     cache: str | None = None  # None: $XDG_CACHE_HOME/subspan or ~/.cache/subspan
     path: str | None = None  # c4 only: a folder or mirror with C4's layout
-
-    def problems(self) -> list[str]:
-        return []

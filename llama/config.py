@@ -19,6 +19,3 @@ class ModelConfig:
     rms_norm_eps: float = 1e-6
     tie_word_embeddings: bool = False
     init_from: str | None = None  # a Hugging Face folder to start from; its shapes replace the ones above
-
-    def problems(self) -> list[str]:
-        return []

@@ -25,7 +25,7 @@ class OptimConfig:
     min_lr_ratio: float = 0.1
 
     def problems(self) -> list[str]:
-        """Every value out of range, one line each: `optim.key=value: reason; way out`. NaN is out of every range."""
+        """Every value out of range, one line each: `optim.key=value: reason; way out`. NaN is in no range."""
         found = []
 
         def need(ok: bool, key: str, reason: str, way_out: str) -> None:
@@ -36,7 +36,12 @@ class OptimConfig:
             need(getattr(self, key) in names, key, "no such choice", f"choose {' or '.join(names)}")
 
         one_of("name", NAMES)
-        need(self.lr is None or 0 < self.lr <= 10, "lr", "outside (0, 10]", "null takes the model size's, 1e-3 is usual")
+        need(
+            self.lr is None or 0 < self.lr <= 10,
+            "lr",
+            "outside (0, 10]",
+            "null takes the model size's, 1e-3 is usual",
+        )
         need(0 < self.scale <= 100, "scale", "outside (0, 100]", "1 runs the matrices at lr itself")
         need(0 <= self.beta1 < 1, "beta1", "outside [0, 1)", "0.9 is usual")
         need(0 <= self.beta2 < 1, "beta2", "outside [0, 1)", "0.999 or 0.95 are usual")
@@ -46,7 +51,9 @@ class OptimConfig:
         one_of("moments", MOMENTS)
         one_of("schedule", SCHEDULES)
         need(0 <= self.warmup <= 1, "warmup", "outside [0, 1]", "it is a share of steps, 0.1 is usual")
-        need(0 <= self.min_lr_ratio <= 1, "min_lr_ratio", "outside [0, 1]", "it is a share of lr, 0.1 is usual")
+        need(
+            0 <= self.min_lr_ratio <= 1, "min_lr_ratio", "outside [0, 1]", "it is a share of lr, 0.1 is usual"
+        )
         if self.schedule == "constant":
             need(
                 self.min_lr_ratio == OptimConfig.min_lr_ratio or not 0 <= self.min_lr_ratio <= 1,
