@@ -39,7 +39,7 @@ class ModelConfig:
                 return []
             return [f"model.init_from={self.init_from}: no config.json there; give a folder that export wrote"]
         found = [
-            f"model.{key}={getattr(self, key)}: outside {low:g} to {high:g}; {hint}"
+            f"model.{key}={getattr(self, key)}: outside {low} to {high}; {hint}"
             for key, (low, high, hint) in RANGES.items()
             if getattr(self, key) is not None and not low <= getattr(self, key) <= high  # NaN fails too
         ]
@@ -78,8 +78,8 @@ RANGES: dict[str, tuple[float, float, str]] = {
     "num_hidden_layers": (1, 1024, "8 is the 60M model's"),
     "num_attention_heads": (1, 1024, "use model.hidden_size / 64"),
     "num_key_value_heads": (1, 1024, "use null for as many as model.num_attention_heads"),
-    "rope_theta": (1.0, 1e12, "10000 is usual"),
-    "rms_norm_eps": (1e-12, 1e-1, "1e-6 is usual"),
+    "rope_theta": (1, 10**12, "10000 is usual"),
+    "rms_norm_eps": (1e-12, 0.1, "1e-6 is usual"),
 }
 
 
