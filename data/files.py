@@ -85,10 +85,8 @@ def open_raw(path: str) -> BinaryIO:
     return open(path, "rb")
 
 
-def open_file(path: str) -> BinaryIO:
-    """The decompressed bytes of a file. Reading raises one of BROKEN where the archive is damaged."""
-    packed = split_name(path)[1]
-    raw = open_raw(path)
+def unpacked(raw: BinaryIO, packed: str) -> BinaryIO:
+    """The decompressed bytes. Reading raises one of BROKEN where the archive is damaged."""
     if packed == ".gz":
         return cast(BinaryIO, gzip.GzipFile(fileobj=raw))
     if packed == ".xz":
@@ -149,13 +147,22 @@ class _Zstd(io.RawIOBase):
 
 
 class _Watched(io.RawIOBase):
-    """Tells a failing disk or network from what the decompressor thinks of the bytes: both are OSError."""
+    """Tells a failing disk or network from what Arrow thinks of the bytes: both are OSError."""
 
     def __init__(self, raw: BinaryIO) -> None:
         self._raw, self.failed = raw, False
 
     def readable(self) -> bool:
         return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def seek(self, offset: int, whence: int = 0) -> int:
+        return self._raw.seek(offset, whence)
+
+    def tell(self) -> int:
+        return self._raw.tell()
 
     def readinto(self, buffer: Any) -> int:
         try:
@@ -173,7 +180,7 @@ def documents(path: str, start: int, damage: Damage) -> Iterator[tuple[int, str]
     A record is a line, an array item, a parquet row or a piece of text, so that a position is one number.
     """
     kind, packed = split_name(path)
-    with open_file(path) as stream:
+    with open_raw(path) as raw, unpacked(raw, packed) as stream:
         if kind == ".parquet":
             found = _parquet(stream, bool(packed), path, start, damage)
         elif kind == ".txt":
@@ -191,13 +198,15 @@ def _reason(error: BaseException) -> str:
 
 
 def _lines(stream: BinaryIO, path: str, damage: Damage, number: int = 0) -> Iterator[bytes]:
-    """Lines up to the end or to the damage, which is reported with the number of the line it cut."""
+    """Lines up to the end or to the damage, which is reported with the number of the line it cut and yields b""."""
     iterator = iter(stream)
     while True:
         try:
             line = next(iterator, b"")
         except BROKEN as error:
-            return damage.report(path, number + 1, _reason(error))
+            damage.report(path, number + 1, _reason(error))
+            yield b""
+            return
         if not line:
             if number == 0:
                 damage.report(path, 0, "empty file")
@@ -234,7 +243,9 @@ def _json(stream: BinaryIO, kind: str, path: str, start: int, damage: Damage) ->
 
 def _array(lines: Iterator[bytes], path: str, start: int, damage: Damage) -> Iterator[tuple[int, str]]:
     """Items of one JSON array; past the first item that is not JSON nothing can be told apart, so it ends there."""
-    body = b"".join(lines).decode("utf-8", "surrogateescape").strip()
+    parts = list(lines)
+    cut = parts[-1] == b""  # by damage that is already counted
+    body = b"".join(parts).decode("utf-8", "surrogateescape").strip()
     decoder, at, number = json.JSONDecoder(), 1, 0
     skip = " \t\r\n,"
     while True:
@@ -246,7 +257,7 @@ def _array(lines: Iterator[bytes], path: str, start: int, damage: Damage) -> Ite
         try:
             item, at = decoder.raw_decode(body, at)
         except (ValueError, RecursionError) as error:
-            return damage.report(path, number, _reason(error))
+            return None if cut else damage.report(path, number, _reason(error))
         if number <= start:
             continue
         try:
@@ -262,7 +273,7 @@ def _text(stream: BinaryIO, path: str, start: int, damage: Damage) -> Iterator[t
         if number <= start:
             continue
         try:
-            yield number, piece.decode().strip("\r\n")
+            yield number, piece.decode("utf-8-sig" if number == 1 else "utf-8").strip("\r\n")
         except UnicodeDecodeError as error:
             damage.report(path, line + piece.count(b"\n", 0, error.start), _reason(error))
 
@@ -271,12 +282,14 @@ def _pieces(lines: Iterator[bytes]) -> Iterator[tuple[int, bytes]]:
     """(number of its first line, bytes) of each piece."""
     piece, first, size, number = [], 1, 0, 0
     for number, whole in enumerate(lines, 1):
+        if not whole:
+            return  # the archive is damaged here: what is left of the piece is not whole
         for line in _cut(whole):
             piece.append(line)
             size += len(line)
             if size >= (2 * PIECE_BYTES if line.strip() else PIECE_BYTES):
                 yield first, b"".join(piece)
-                piece, size, first = [], 0, number + 1
+                piece, size, first = [], 0, number + line.endswith(b"\n")
     if piece:
         yield first, b"".join(piece)
 
@@ -299,32 +312,38 @@ def _parquet(stream: BinaryIO, packed: bool, path: str, start: int, damage: Dama
     import pyarrow as pa
     import pyarrow.parquet as pq
 
+    watched = _Watched(stream)
     try:
-        watched = io.BytesIO(stream.read()) if packed else stream
-        table = pq.ParquetFile(watched)
+        table = pq.ParquetFile(io.BytesIO(stream.read()) if packed else watched)
         if "text" not in table.schema_arrow.names:
             raise ValueError('no column "text"')
         kind = table.schema_arrow.field("text").type
         if not (pa.types.is_string(kind) or pa.types.is_large_string(kind)):
             raise ValueError(f'column "text" is {kind}, not string')
-    except (*BROKEN, ValueError, OSError) as error:
+    except (*BROKEN, pa.ArrowException, ValueError, OSError) as error:
+        if watched.failed:
+            raise
         return damage.report(path, 0, _reason(error))
     first = 0
     for group in range(table.num_row_groups):
         last = first + table.metadata.row_group(group).num_rows
         if last > start:
-            yield from _row_group(table, group, first, start, path, damage)
+            yield from _row_group(table, watched, group, first, start, path, damage)
         first = last
 
 
-def _row_group(table: Any, group: int, row: int, start: int, path: str, damage: Damage) -> Iterator[tuple[int, str]]:
+def _row_group(
+    table: Any, watched: _Watched, group: int, row: int, start: int, path: str, damage: Damage
+) -> Iterator[tuple[int, str]]:
     import pyarrow as pa
 
     batches = table.iter_batches(batch_size=1024, row_groups=[group], columns=["text"])
     while True:
         try:
             batch = next(batches, None)
-        except (ValueError, OSError) as error:
+        except (pa.ArrowException, ValueError, OSError) as error:
+            if watched.failed:
+                raise
             return damage.report(path, row + 1, f"rest of row group {group}: {_reason(error)}")
         if batch is None:
             return
