@@ -30,11 +30,12 @@ NAMED_BY_GROUP = {"optim.name": "optim", "data.name": "data"}
 
 
 def parse(argv: list[str], folder: Path = FOLDER) -> Config:
-    """The configuration that `argv` (without the program's name) asks for, checked; group files are in `folder`.
+    """The configuration that `argv` (without the program's name) asks for; group files are in `folder`.
 
     Raises ConfigError with every problem: one line each, with the key and the value as they were typed.
     """
     problems: list[str] = []
+    failed: set[str] = set()
     choices: dict[str, str] = {}
     values: dict[str, tuple[Any, str]] = {}
     known = [*GROUPS, *leaves(Config())]
@@ -47,12 +48,16 @@ def parse(argv: list[str], folder: Path = FOLDER) -> Config:
             seen[key] = arg
         except ValueError as error:
             problems.append(f"{show(arg) or repr(arg)}: {error}")
+            failed.add(arg.partition("=")[0].lstrip("+~-"))
             continue
         if key in GROUPS:
             choices[key] = value
         else:
             values[key] = (value, arg.split("=", 1)[1])
-    cfg, names = _compose(tuple(sorted(choices.items())), folder)
+    try:
+        cfg, names = _compose(tuple(sorted(choices.items())), folder)
+    except ConfigError as error:
+        raise ConfigError(problems + error.problems) from None
     cfg = copy.deepcopy(cfg)
     hints = leaves(cfg)
     for key, (value, typed) in values.items():
@@ -60,15 +65,21 @@ def parse(argv: list[str], folder: Path = FOLDER) -> Config:
             put(cfg, key, convert(_as_text(value, hints[key], typed), hints[key]))
         except ValueError as error:
             problems.append(f"{key}={show(typed)}: {error}")
+            failed.add(key)
     texts = {key: typed for key, (_, typed) in values.items()}
-    # A combination may fail only because a bad value was left out: judge single values first.
-    lines = [_as_typed(line, cfg, texts) for line in (cfg.ranges() if problems else cfg.check())]
-    problems += [line for line in lines if not problems or line.split("=", 1)[0] in texts]
+    problems += [_as_typed(line, cfg, texts) for line in cfg.check() if not _blind(line, failed, set(texts))]
     if problems:
         raise ConfigError(list(dict.fromkeys(problems)))
     if cfg.run.name is None:
         cfg.run.name = f"{names['model']}_{cfg.optim.name}_{cfg.seed}"
     return cfg
+
+
+def _blind(line: str, failed: set[str], typed: set[str]) -> bool:
+    """Whether a check judged what nobody asked for, because the value or option asked for was no good."""
+    key = line.partition("=")[0]
+    of_failed_group = key.split(".")[0] in failed and key not in typed
+    return of_failed_group or any(re.search(rf"(?<![\w.]){re.escape(k)}=", line) for k in failed if k)
 
 
 def _read(arg: str, known: list[str], folder: Path) -> tuple[str, Any]:
@@ -149,7 +160,7 @@ def _as_typed(line: str, cfg: Config, texts: dict[str, str]) -> str:
 
 @lru_cache(64)
 def _compose(choices: tuple[tuple[str, str], ...], folder: Path) -> tuple[Config, dict[str, str]]:
-    """Config of the group files and the option taken for each group. Callers copy before they change anything."""
+    """Config of the group files and the option taken for each group. Callers change copies only."""
     register()
     overrides = [f"{group}={option}" for group, option in choices if option is not None]
     try:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import textwrap
 from pathlib import Path
 
@@ -72,8 +73,13 @@ Exit codes: 0 done or saved on a signal, 2 bad configuration,
 
 
 def group_options(group: str, folder: Path = FOLDER) -> list[str]:
-    """Names that `group=NAME` takes: the files of its folder."""
-    return sorted(path.stem for path in (folder / group).glob("*.yaml"))
+    """Names that `group=NAME` takes: the files of its folder, models by size."""
+
+    def size(name: str) -> tuple[float, str]:
+        found = re.search(r"_(\d+)([mb])$", name)
+        return (float(found[1]) * (1000 if found[2] == "b" else 1) if found else 0.0, name)
+
+    return sorted((path.stem for path in (folder / group).glob("*.yaml")), key=size)
 
 
 def help_text() -> str:

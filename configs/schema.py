@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from data.config import DataConfig
-from llama.config import ModelConfig
+from llama.config import ModelConfig, num_params
 from optim.config import OptimConfig, default_lr
 
 from .values import ConfigError, apply, read_yaml
@@ -85,8 +85,7 @@ class Config:
                 found.append(f"{key}={value}: no such choice; choose {' or '.join(names)}")
         found += self._log_problems() + self._run_problems()
         for group in ("model", "optim", "data"):
-            lines = getattr(self, group).problems()
-            found += [line if line.startswith(f"{group}.") else f"{group}.{line}" for line in lines]
+            found += getattr(self, group).problems()
         return found
 
     def _log_problems(self) -> list[str]:
@@ -144,7 +143,7 @@ class Config:
     def resolved(self) -> Config:
         """A copy with the nulls that depend on the model filled: steps, optim.lr, run.name."""
         cfg = copy.deepcopy(self)
-        size = _num_params(cfg.model)
+        size = num_params(cfg.model)
         if cfg.steps is None:
             cfg.steps = next(steps for limit, steps in STEPS if size <= limit)
         if cfg.optim.lr is None:
@@ -152,13 +151,6 @@ class Config:
         if cfg.run.name is None:
             cfg.run.name = f"llama_{size / 1e6:.0f}m_{cfg.optim.name}_{cfg.seed}"
         return cfg
-
-
-def _num_params(m: ModelConfig) -> int:
-    h, i, layers = m.hidden_size, m.intermediate_size, m.num_hidden_layers
-    kv = h // m.num_attention_heads * (m.num_key_value_heads or m.num_attention_heads)
-    ends = m.vocab_size * h * (1 if m.tie_word_embeddings else 2)
-    return layers * (2 * h * h + 2 * h * kv + 3 * h * i) + ends + (2 * layers + 1) * h
 
 
 def register() -> None:
@@ -187,8 +179,8 @@ def from_yaml(path: str | Path) -> Config:
     values = read_yaml(Path(path))
     cfg = Config()
     cfg.optim = SCHEMAS["optim"].get(str(values.get("optim.name")), OptimConfig)()
-    found = apply(cfg, values)
-    found = found or cfg.check()
+    # The folder that the run started from may be gone by now, and nothing reads it again.
+    found = apply(cfg, values) or [x for x in cfg.check() if not x.startswith("model.init_from=")]
     if found:
         raise ConfigError([f"{path}: {line}" for line in found])
     return cfg

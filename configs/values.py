@@ -136,7 +136,7 @@ def _flat(tree: dict[Any, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def apply(cfg: Any, values: dict[str, Any]) -> list[str]:
-    """Put key -> value into `cfg`, one by one; returns a line for each unknown key or value of a wrong type."""
+    """Put key -> value into `cfg`, one by one; returns a line for each unknown key or wrong type."""
     known, found = leaves(cfg), []
     for key, value in values.items():
         if key not in known:

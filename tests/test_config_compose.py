@@ -50,8 +50,10 @@ def test_defaults_are_the_documented_ones() -> None:
 def test_every_combination_of_group_files_composes() -> None:
     names = [group_options(group) for group in GROUPS]
     assert all(names)
+    files = ["data.train=a.txt", "data.validation=b.txt"]
     for model, optim, data, recipe in product(*names):
-        cfg = parse([f"model={model}", f"optim={optim}", f"data={data}", f"experiment={recipe}"])
+        needs = {"local": files, "tokens": files[:1]}.get(data, [])
+        cfg = parse([f"model={model}", f"optim={optim}", f"data={data}", f"experiment={recipe}", *needs])
         assert cfg.optim.name == optim and cfg.data.name == data
         assert cfg.run.name == f"{model}_{optim}_0", "the command line's choice beats the recipe's"
 
@@ -110,6 +112,8 @@ def test_bad_group_files_give_one_line_per_problem(folder: Path) -> None:
     (folder / "model" / "bad.yaml").write_text("defaults: [/schema/model/llama@_here_]\nheads: 3\n")
     (line,) = problems_of(["model=bad"], folder)
     assert "model.heads=3" in line
+    lines = problems_of(["model=bad", "stepz=4"], folder)
+    assert len(lines) == 2 and lines[0].startswith("stepz=4: ")
 
 
 def test_unknown_options_name_the_nearest_and_all() -> None:
@@ -124,12 +128,35 @@ def test_unknown_options_name_the_nearest_and_all() -> None:
     assert "[a,b]" in line
 
 
+def test_a_key_given_twice_is_refused_with_both_values() -> None:
+    (line,) = problems_of(["steps=5", "steps=7"])
+    assert "steps=5" in line and "steps=7" in line
+    (line,) = problems_of(["model=llama_60m", "model=llama_tiny"])
+    assert "llama_60m" in line and "llama_tiny" in line
+
+
+def test_tokens_per_step_names_the_nearest_that_divide() -> None:
+    (line,) = problems_of(["micro_batch=24"])
+    assert line.startswith("tokens_per_step=131072: ") and "micro_batch=24" in line and "seq_len=256" in line
+    assert "129024 or 135168" in line
+    (line,) = problems_of(["tokens_per_step=100"])
+    assert "tokens_per_step=100" in line and line.endswith("nearest: 4096")
+
+
+def test_a_source_that_lacks_its_files_is_found_beside_other_problems() -> None:
+    first, second = problems_of(["data=tokens", "stepz=3"])
+    assert first.startswith("stepz=3: ") and second.startswith("data.train=null: ")
+
+
 def test_values_keep_what_was_typed() -> None:
     (line,) = problems_of(["optim.lr=1e6"])
     assert line.startswith("optim.lr=1e6: ")
     assert parse(["run.name=007"]).run.name == "007"
     assert parse(["run.name=1e3"]).run.name == "1e3"
-    assert parse(["data=local", "data.train=[a.txt,b/*.json]"]).data.train == ["a.txt", "b/*.json"]
+    assert parse(["data=local", "data.validation=v", "data.train=[a.txt,b/*.json]"]).data.train == [
+        "a.txt",
+        "b/*.json",
+    ]
     assert parse(['run.name="a b"']).run.name == "a b"
     assert parse(["optim.lr=1"]).optim.lr == 1.0 and isinstance(parse(["optim.lr=1"]).optim.lr, float)
 
@@ -217,6 +244,8 @@ def test_yaml_round_trip_of_composed_configurations(tmp_path: Path) -> None:
         cfg = parse(argv).resolved()
         path.write_text(to_yaml(cfg))
         assert from_yaml(path) == cfg
+    path.write_text("model:\n  init_from: a/folder/since/removed\n")
+    assert from_yaml(path).model.init_from == "a/folder/since/removed"
     path.write_text("seed: 5\n")
     assert from_yaml(path).seed == 5 and from_yaml(path).micro_batch == 16
 
@@ -239,7 +268,7 @@ def test_help_fits_and_names_everything() -> None:
         assert code in text
 
 
-def test_answers_instead_of_runs(capsys: pytest.CaptureFixture[str]) -> None:
+def test_answers_instead_of_runs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert answer(["model=nonsense", "--help"]) == answer(["-h"]) == help_text()
     assert answer(["steps=3"]) is None
     shown = answer(["--cfg", "job", "steps=3", "experiment=quickstart"])
@@ -252,7 +281,8 @@ def test_answers_instead_of_runs(capsys: pytest.CaptureFixture[str]) -> None:
     assert tree["steps"] == 3 and tree["data"]["name"] == "sample" and tree["optim"]["lr"] == 1e-3
     with pytest.raises(ConfigError, match="stepz"):
         answer(["--cfg", "stepz=3"])
-    assert yaml.safe_load(answer(["--cfg", "model.init_from=some/folder"]) or "")["optim"]["lr"] is None
+    (tmp_path / "config.json").write_text("{}")
+    assert yaml.safe_load(answer(["--cfg", f"model.init_from={tmp_path}"]) or "")["optim"]["lr"] is None
     assert main(["seed=1"]) == 0 and capsys.readouterr().out == "ok\n"
     assert main(["seed=x"]) == 2 and capsys.readouterr().err.startswith("seed=x: ")
 
