@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 
 
 @dataclass
@@ -19,3 +20,96 @@ class ModelConfig:
     rms_norm_eps: float = 1e-6
     tie_word_embeddings: bool = False
     init_from: str | None = None  # a Hugging Face folder to start from; its shapes replace the ones above
+
+    @property
+    def kv_heads(self) -> int:
+        return self.num_attention_heads if self.num_key_value_heads is None else self.num_key_value_heads
+
+    @property
+    def head_dim(self) -> int:
+        return self.hidden_size // self.num_attention_heads
+
+    def problems(self) -> list[str]:
+        """One line for each value that cannot work: key, value, reason, way out. Empty: the model can be built.
+
+        Never raises. With init_from the shapes come from its config.json, so only the folder is looked at.
+        """
+        if self.init_from is not None:
+            if Path(self.init_from, "config.json").is_file():
+                return []
+            return [f"model.init_from={self.init_from}: no config.json there; give a folder that export wrote"]
+        found = [
+            f"model.{key}={getattr(self, key)}: outside {low} to {high}; {hint}"
+            for key, (low, high, hint) in RANGES.items()
+            if getattr(self, key) is not None and not low <= getattr(self, key) <= high  # NaN fails too
+        ]
+        return found or self._shape_problems()
+
+    def _shape_problems(self) -> list[str]:
+        hidden, heads, kv = self.hidden_size, self.num_attention_heads, self.kv_heads
+        found = []
+        fitting = [n for n in range(1, hidden // 2 + 1) if hidden % (2 * n) == 0]  # head dimension even (rotary)
+        if hidden % 2:
+            found.append(f"model.hidden_size={hidden}: odd; rotary pairs need an even size, use {hidden + 1}")
+        elif hidden % heads:
+            found.append(
+                f"model.num_attention_heads={heads}: does not divide model.hidden_size={hidden}; "
+                f"use {nearest(heads, fitting)}"
+            )
+        elif heads not in fitting:
+            found.append(
+                f"model.num_attention_heads={heads}: head dimension {hidden // heads} is odd and rotary pairs "
+                f"need an even one; use {nearest(heads, fitting)}"
+            )
+        if heads % kv:
+            found.append(
+                f"model.num_key_value_heads={kv}: does not divide model.num_attention_heads={heads}; "
+                f"use {nearest(kv, [n for n in range(1, heads + 1) if heads % n == 0])}"
+            )
+        return found
+
+
+# key: lowest, highest, what to do. The upper ends are far beyond any published LLaMA (405B: hidden 16384,
+# 126 layers, vocabulary 128256); they catch a slipped digit before anything is allocated.
+RANGES: dict[str, tuple[float, float, str]] = {
+    "vocab_size": (256, 1_000_000, "use the number of pieces of the tokenizer"),
+    "hidden_size": (2, 65536, "512 is the 60M model's"),
+    "intermediate_size": (1, 262144, "8/3 of model.hidden_size is usual"),
+    "num_hidden_layers": (1, 1024, "8 is the 60M model's"),
+    "num_attention_heads": (1, 1024, "use model.hidden_size / 64"),
+    "num_key_value_heads": (1, 1024, "use null for as many as model.num_attention_heads"),
+    "rope_theta": (1, 10**12, "10000 is usual"),
+    "rms_norm_eps": (1e-12, 0.1, "1e-6 is usual"),
+}
+
+
+def nearest(value: int, choices: list[int]) -> str:
+    """'8 or 4': the choices next to value, the closest first."""
+    below = max((c for c in choices if c < value), default=None)
+    above = min((c for c in choices if c > value), default=None)
+    both = sorted((c for c in (above, below) if c is not None), key=lambda c: abs(c - value))
+    return " or ".join(str(c) for c in both)
+
+
+def block_params(cfg: ModelConfig) -> int:
+    """Parameters in the seven matrices of one block: q, k, v, o, gate, up, down."""
+    kv_width = cfg.kv_heads * cfg.head_dim
+    return cfg.hidden_size * (2 * cfg.hidden_size + 2 * kv_width + 3 * cfg.intermediate_size)
+
+
+def num_params(cfg: ModelConfig) -> int:
+    """Exact number of parameters; L(4h^2 + 3hi) + 2Vh + (2L + 1)h when untied and without grouped queries."""
+    ends = cfg.vocab_size * cfg.hidden_size * (1 if cfg.tie_word_embeddings else 2)
+    gains = (2 * cfg.num_hidden_layers + 1) * cfg.hidden_size
+    return cfg.num_hidden_layers * block_params(cfg) + ends + gains
+
+
+def flops_per_token(cfg: ModelConfig, seq_len: int) -> float:
+    """Floating-point operations of forward and backward for one token of a sequence of seq_len.
+
+    6 for each parameter of a matrix that multiplies (blocks and head; the embedding is a look-up), plus
+    attention: 12 L h S for full scores, of which the causal half, 6 L h S, is needed and counted.
+    Recomputation is not counted.
+    """
+    matmul = cfg.num_hidden_layers * block_params(cfg) + cfg.vocab_size * cfg.hidden_size
+    return 6.0 * matmul + 6.0 * cfg.num_hidden_layers * cfg.hidden_size * seq_len

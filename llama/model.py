@@ -1,0 +1,216 @@
+"""LLaMA, with the parameter names of Hugging Face's LlamaForCausalLM.
+
+    x = x + o(attention(rope(q(n1)), rope(k(n1)), v(n1)))      n1 = gain * x / rms(x)
+    x = x + down(silu(gate(n2)) * up(n2))                      n2 likewise, after the first line
+
+No biases, no dropout, no buffers: the state is the parameters, and every projection is a plain nn.Linear.
+Norms and rotations are computed in fp32 whatever the activations are, in float64 for a float64 model.
+
+B batch, T tokens, D width, H heads, d head dimension, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import MethodType
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .config import ModelConfig, flops_per_token, num_params
+from .loss import linear_cross_entropy
+
+__all__ = [
+    "Llama",
+    "ModelConfig",
+    "build_model",
+    "compile_blocks",
+    "eager",
+    "empty_model",
+    "flops_per_token",
+    "num_params",
+]
+
+INIT_STD = 0.02
+
+
+class RMSNorm(nn.Module):
+    """gain * x / sqrt(mean(x^2) + eps); the quotient in fp32, rounded to x's dtype before the gain multiplies."""
+
+    def __init__(self, width: int, eps: float) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(width))
+        self.eps = eps
+
+    def forward(self, x: Tensor) -> Tensor:  # (..., D) -> (..., D)
+        wide = x.to(torch.promote_types(x.dtype, torch.float32))
+        scale = torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + self.eps)
+        return self.weight * (wide * scale).to(x.dtype)
+
+
+def rope_tables(length: int, dim: int, theta: float, device, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Cosines and sines of position * theta^(-2j/dim), each (length, 1, dim/2), in fp32 (dtype float64: float64)."""
+    wide = torch.promote_types(dtype, torch.float32)
+    frequency = 1.0 / theta ** (torch.arange(0, dim, 2, device=device, dtype=wide) / dim)
+    angle = torch.arange(length, device=device, dtype=wide)[:, None, None] * frequency
+    return angle.cos(), angle.sin()
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotary position embedding of x (B, T, H, d): entry j is paired with entry j + d/2 (half-split)."""
+    a, b = x.chunk(2, dim=-1)
+    return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1).to(x.dtype)
+
+
+class Attention(nn.Module):
+    def __init__(self, cfg: ModelConfig) -> None:
+        super().__init__()
+        self.head_dim = cfg.head_dim
+        self.grouped = cfg.kv_heads != cfg.num_attention_heads
+        kv_width = cfg.kv_heads * cfg.head_dim
+        self.q_proj = nn.Linear(cfg.hidden_size, cfg.hidden_size, bias=False)
+        self.k_proj = nn.Linear(cfg.hidden_size, kv_width, bias=False)
+        self.v_proj = nn.Linear(cfg.hidden_size, kv_width, bias=False)
+        self.o_proj = nn.Linear(cfg.hidden_size, cfg.hidden_size, bias=False)
+
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:  # (B, T, D) -> (B, T, D)
+        heads = (*x.shape[:2], -1, self.head_dim)
+        q = rotate(self.q_proj(x).view(heads), cos, sin)
+        k = rotate(self.k_proj(x).view(heads), cos, sin)
+        v = self.v_proj(x).view(heads)
+        y = F.scaled_dot_product_attention(
+            q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), is_causal=True, enable_gqa=self.grouped
+        )
+        return self.o_proj(y.transpose(1, 2).flatten(2))
+
+
+class MLP(nn.Module):
+    def __init__(self, cfg: ModelConfig) -> None:
+        super().__init__()
+        self.gate_proj = nn.Linear(cfg.hidden_size, cfg.intermediate_size, bias=False)
+        self.up_proj = nn.Linear(cfg.hidden_size, cfg.intermediate_size, bias=False)
+        self.down_proj = nn.Linear(cfg.intermediate_size, cfg.hidden_size, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+
+
+class Block(nn.Module):
+    def __init__(self, cfg: ModelConfig) -> None:
+        super().__init__()
+        self.self_attn = Attention(cfg)
+        self.mlp = MLP(cfg)
+        self.input_layernorm = RMSNorm(cfg.hidden_size, cfg.rms_norm_eps)
+        self.post_attention_layernorm = RMSNorm(cfg.hidden_size, cfg.rms_norm_eps)
+
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        x = x + self.self_attn(self.input_layernorm(x), cos, sin)
+        return x + self.mlp(self.post_attention_layernorm(x))
+
+
+class Decoder(nn.Module):
+    """Embedding, blocks and the last norm: token ids (B, T) -> (B, T, D)."""
+
+    def __init__(self, cfg: ModelConfig) -> None:
+        super().__init__()
+        self.embed_tokens = nn.Embedding(cfg.vocab_size, cfg.hidden_size)
+        self.layers = nn.ModuleList(Block(cfg) for _ in range(cfg.num_hidden_layers))
+        self.norm = RMSNorm(cfg.hidden_size, cfg.rms_norm_eps)
+        self.head_dim, self.theta = cfg.head_dim, cfg.rope_theta
+
+    def forward(self, input_ids: Tensor) -> Tensor:
+        x = self.embed_tokens(input_ids)
+        cos, sin = rope_tables(input_ids.shape[1], self.head_dim, self.theta, x.device, x.dtype)
+        for block in self.layers:
+            x = block(x, cos, sin)
+        return self.norm(x)
+
+
+class Llama(nn.Module):
+    """forward(input_ids) -> logits; forward(input_ids, labels) -> summed loss. See the module's docstring."""
+
+    def __init__(self, cfg: ModelConfig) -> None:
+        super().__init__()
+        self.cfg = cfg
+        self.compiled = False
+        self.model = Decoder(cfg)
+        if not cfg.tie_word_embeddings:  # tied: no lm_head in the state, as in Hugging Face's saved files
+            self.lm_head = nn.Linear(cfg.hidden_size, cfg.vocab_size, bias=False)
+
+    @property
+    def head_weight(self) -> Tensor:
+        """(V, D): lm_head's, or the embedding's when tied."""
+        return self.model.embed_tokens.weight if self.cfg.tie_word_embeddings else self.lm_head.weight
+
+    def forward(
+        self,
+        input_ids: Tensor,  # (B, T) int64
+        labels: Tensor | None = None,  # (B, T) int64, already shifted: labels[t] follows input_ids[t]; -100 ignored
+    ) -> Tensor:
+        """Without labels: logits (B, T, V). With labels: the SUM of token losses, an fp32 scalar (float64 for a
+        float64 model), without ever holding all logits; divide by the number of valid labels outside."""
+        h = self.model(input_ids)
+        if labels is None:
+            return F.linear(h, self.head_weight)
+        return linear_cross_entropy(h.flatten(0, 1), self.head_weight, labels.flatten(), compiled=self.compiled)
+
+    @torch.no_grad()
+    def init_weights(self, seed: int) -> None:
+        """Linears and embedding ~ N(0, 0.02^2), gains 1, in place; overwrites whatever is there.
+
+        Each parameter has its own generator, seeded by (seed, name), on its own device: the result does not depend
+        on the order of the parameters or on what was drawn before. Drawn in fp32 and then rounded, so a bf16 model
+        starts from the rounded weights of the fp32 one. CPU and CUDA draw different numbers.
+        """
+        for name, p in self.named_parameters():
+            if p.ndim == 1:
+                p.fill_(1.0)
+                continue
+            digest = hashlib.sha256(f"{seed} {name}".encode()).digest()
+            generator = torch.Generator(p.device).manual_seed(int.from_bytes(digest[:7], "little"))
+            p.copy_(torch.empty_like(p, dtype=torch.float32).normal_(0.0, INIT_STD, generator=generator))
+
+
+def empty_model(cfg: ModelConfig, device: torch.device | str, dtype: torch.dtype) -> Llama:
+    """A model whose weights are whatever memory held: for init_weights or load_weights to fill."""
+    with torch.device("meta"):
+        model = Llama(cfg).to(dtype)
+    return model.to_empty(device=device)
+
+
+def build_model(cfg: ModelConfig, device: torch.device | str, dtype: torch.dtype, seed: int) -> Llama:
+    """Shapes on the meta device, memory once on `device` in `dtype`, then init_weights(seed)."""
+    model = empty_model(cfg, device, dtype)
+    model.init_weights(seed)
+    return model
+
+
+def compile_blocks(model: Llama) -> None:
+    """Compile every block by itself, the last norm, and (on CUDA) the softmax of the loss. In place; no names change.
+
+    Blocks share their graphs: one for training, one for evaluation, for each input shape. Compiled one by one,
+    a block's weight gradients are handed out as soon as that block's backward ends; compiled as a whole, the model
+    would hold all of them to the end. A deepcopy of a compiled model is compiled and runs its own weights.
+    """
+    block, norm = torch.compile(Block.forward, fullgraph=True), torch.compile(RMSNorm.forward, fullgraph=True)
+    for layer in model.model.layers:
+        layer.forward = MethodType(block, layer)
+    model.model.norm.forward = MethodType(norm, model.model.norm)
+    model.compiled = True
+
+
+@contextmanager
+def eager(model: Llama) -> Iterator[Llama]:
+    """Inside, the model runs uncompiled: for shapes that change with every call, as in generation."""
+    parts = [m for m in (*model.model.layers, model.model.norm) if "forward" in vars(m)]
+    saved, compiled = [vars(m).pop("forward") for m in parts], model.compiled
+    model.compiled = False
+    try:
+        yield model
+    finally:
+        model.compiled = compiled
+        for part, forward in zip(parts, saved, strict=True):
+            part.forward = forward
