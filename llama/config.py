@@ -30,14 +30,16 @@ class ModelConfig:
         return self.hidden_size // self.num_attention_heads
 
     def problems(self) -> list[str]:
-        """One line for each value that cannot work: key, value, reason, way out. Empty: the model can be built.
+        """One line for each value that cannot work: key, value, reason, way out. Empty: it can be built.
 
         Never raises. With init_from the shapes come from its config.json, so only the folder is looked at.
         """
         if self.init_from is not None:
             if Path(self.init_from, "config.json").is_file():
                 return []
-            return [f"model.init_from={self.init_from}: no config.json there; give a folder that export wrote"]
+            return [
+                f"model.init_from={self.init_from}: no config.json there; give a folder that export wrote"
+            ]
         found = [
             f"model.{key}={getattr(self, key)}: outside {low} to {high}; {hint}"
             for key, (low, high, hint) in RANGES.items()
@@ -48,7 +50,9 @@ class ModelConfig:
     def _shape_problems(self) -> list[str]:
         hidden, heads, kv = self.hidden_size, self.num_attention_heads, self.kv_heads
         found = []
-        fitting = [n for n in range(1, hidden // 2 + 1) if hidden % (2 * n) == 0]  # head dimension even (rotary)
+        fitting = [
+            n for n in range(1, hidden // 2 + 1) if hidden % (2 * n) == 0
+        ]  # head dimension even (rotary)
         if hidden % 2:
             found.append(f"model.hidden_size={hidden}: odd; rotary pairs need an even size, use {hidden + 1}")
         elif hidden % heads:
@@ -58,8 +62,8 @@ class ModelConfig:
             )
         elif heads not in fitting:
             found.append(
-                f"model.num_attention_heads={heads}: head dimension {hidden // heads} is odd and rotary pairs "
-                f"need an even one; use {nearest(heads, fitting)}"
+                f"model.num_attention_heads={heads}: head dimension {hidden // heads} is odd, "
+                f"rotary pairs need an even one; use {nearest(heads, fitting)}"
             )
         if heads % kv:
             found.append(

@@ -34,9 +34,12 @@ def evaluate(
     all_sum: Callable[[Tensor], Tensor] = lambda t: t,  # sum of a float64 tensor over ranks
     device: torch.device | str,
 ) -> dict[str, float]:
-    """val_loss (nats a token), val_ppl, val_bpb, the same on every rank; equal to fp32 rounding for any micro_batch
-    and world. Every forward of every rank has the shape (micro_batch, S), the rows beyond the end being ignored
-    ones: one graph to compile, and as many forwards on each rank."""
+    """val_loss (nats a token), val_ppl, val_bpb; the same on every rank.
+
+    Equal to fp32 rounding for any micro_batch and world. Every forward of every rank has the shape
+    (micro_batch, S), the rows beyond the end being ignored ones: one graph to compile, and as many forwards
+    on each rank.
+    """
     rows, length = evalset.x.shape
     share = -(-rows // (micro_batch * world)) * micro_batch  # rows of a rank, whole micro-batches
     total = torch.zeros((), dtype=torch.float64, device=device)
@@ -57,8 +60,8 @@ def evaluate(
 def settings(schema: Any, run: Path, overrides: list[str]) -> Any:
     """Config with the data settings, micro_batch and seq_len to evaluate with.
 
-    From run/config.yaml where there is one, else the defaults; overrides win. `data=` starts from that group's
-    values. Validation alone is enough: a missing data.train is set to it.
+    From run/config.yaml where there is one, else the defaults; overrides win. `data=` starts from that
+    group's values. Validation alone is enough: a missing data.train is set to it.
     """
     from omegaconf import OmegaConf
     from omegaconf.errors import OmegaConfBaseException
@@ -82,7 +85,9 @@ def settings(schema: Any, run: Path, overrides: list[str]) -> Any:
     else:
         cfg = schema.from_yaml(saved)
     try:
-        cfg = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(cfg), OmegaConf.from_dotlist(overrides)))
+        cfg = OmegaConf.to_object(
+            OmegaConf.merge(OmegaConf.structured(cfg), OmegaConf.from_dotlist(overrides))
+        )
     except OmegaConfBaseException as error:
         raise FolderError(f"{' '.join(overrides)}: {str(error).splitlines()[0]}") from None
     for key in ("micro_batch", "seq_len"):
@@ -114,7 +119,9 @@ def main(argv: list[str] | None = None) -> int:
     print(f"tokens         {evalset.tokens:,}")
     print(f"val loss       {result['val_loss']:.6f} nats a token")
     print(f"perplexity     {result['val_ppl']:.4f}")
-    print(f"unigram        {evalset.unigram_ppl:.4f} perplexity of the same tokens from their frequencies alone")
+    print(
+        f"unigram        {evalset.unigram_ppl:.4f} perplexity of the same tokens from their frequencies alone"
+    )
     print(f"bits per byte  {result['val_bpb']:.6f}")
     return 0
 

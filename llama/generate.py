@@ -16,7 +16,9 @@ from torch import Tensor
 from .model import Llama, eager
 from .pretrained import FolderError, load_model, read_json, resolve
 
-USAGE = 'usage: python -m llama.generate RUN|FOLDER "prompt" [tokens=100] [temperature=0.8] [top_k=50] [seed=0]'
+USAGE = (
+    'usage: python -m llama.generate RUN|FOLDER "prompt" [tokens=100] [temperature=0.8] [top_k=50] [seed=0]'
+)
 # option: type, lowest, highest
 OPTIONS: dict[str, tuple[type, float, float]] = {
     "tokens": (int, 1, 100_000),
@@ -42,7 +44,7 @@ def pick(logits: Tensor, temperature: float, top_k: int, generator: torch.Genera
 @torch.no_grad()
 def generate(
     model: Llama,
-    tokenizer: Any,  # data.Tokenizer: encode, decode, eos_id
+    tokenizer: Any,  # data.Tokenizer: encode, decode, eos_id, vocab_size
     prompt: str,
     *,
     tokens: int = 100,
@@ -53,8 +55,8 @@ def generate(
 ) -> str:
     """The prompt and up to `tokens` tokens after it; stops at the end-of-text token, which is not shown.
 
-    An empty prompt starts a new text. Each token recomputes the last `window` positions: no cache to keep, and at
-    256 positions about as fast as one. Drawn on the CPU, so a seed means the same on every device up to rounding.
+    An empty prompt starts a new text. Each token recomputes the last `window` positions; there is no cache.
+    Drawn on the CPU, so a seed means the same on every device up to rounding.
     """
     ids = tokenizer.encode(prompt) or [tokenizer.eos_id]
     start = 0 if prompt else len(ids)
@@ -64,7 +66,8 @@ def generate(
         for _ in range(tokens):
             h = model.model(torch.tensor([ids[-window:]], device=device))
             logits = F.linear(h[0, -1], model.head_weight).float().cpu()
-            new = pick(logits, temperature, top_k, generator)
+            # the model's vocabulary may be larger than the tokenizer's: ids without a piece are never drawn
+            new = pick(logits[: tokenizer.vocab_size], temperature, top_k, generator)
             if new == tokenizer.eos_id:
                 break
             ids.append(new)

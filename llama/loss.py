@@ -1,13 +1,16 @@
 """Linear layer and cross-entropy in one: the summed loss of a vocabulary head without holding all logits.
 
-logits = h W^T, NLL_t = logsumexp(logits_t) - logits_t[label_t], d NLL_t / d logits_t = softmax(logits_t) - onehot.
-The loss ends the graph, so its gradients are formed in the forward, a chunk of tokens at a time: the chunk's
-logits are overwritten by their gradient, which goes straight into dh and dW; what remains is dh (N, D) and dW (V, D).
+    logits = h W^T        NLL_t = logsumexp(logits_t) - logits_t[label_t]
+    d NLL_t / d logits_t = softmax(logits_t) - onehot(label_t)
 
-Precision: matrix products in h's dtype (autocast's if it is on), softmax and loss in fp32, dW summed over chunks
-in fp32; everything in float64 when the inputs are. The chunk gradients are those of the plain sum, entries of
-order 1; the caller's 1/tokens arrives as grad_output and is applied once, in fp32, at the end: in bf16, dividing
-first would waste nothing but gain nothing either, since bf16 has fp32's exponents.
+The loss ends the graph, so its gradients are formed in the forward, a chunk of tokens at a time: the chunk's
+logits are overwritten by their gradient, which goes straight into dh and dW. What remains is dh (N, D) and
+dW (V, D).
+
+Precision: matrix products in h's dtype (autocast's if it is on), softmax and loss in fp32, dW summed over
+chunks in fp32; everything in float64 when the inputs are. The chunk's gradients are those of the plain sum,
+entries of order 1; the caller's 1/tokens arrives as grad_output and multiplies once, in fp32, at the end, so
+that nothing small is rounded on the way.
 
 N tokens, D width, V vocabulary.
 """
@@ -23,8 +26,8 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 IGNORE = -100  # a label that counts nowhere
-# Logits in a chunk. GPU: 0.5 GiB in bf16, 8192 tokens of 32,000; fp32 dW is read and written once a chunk, which
-# smaller chunks would pay for. CPU: 16 MiB in fp32, so that the softmax's passes stay in the cache.
+# Logits in a chunk. GPU: 0.5 GiB in bf16, 8192 tokens of 32,000; fp32 dW is read and written once a chunk,
+# which smaller chunks would pay for. CPU: 16 MiB in fp32, so that the softmax's passes stay in the cache.
 CHUNK = {"cuda": 2**28, "cpu": 2**22}
 
 
@@ -37,10 +40,15 @@ def linear_cross_entropy(
     chunk: int | None = None,  # tokens in a chunk; None: from CHUNK
     compiled: bool = False,  # compile the softmax part; acts on CUDA only
 ) -> Tensor:
-    """Sum of the token losses: a scalar, fp32 (float64 for float64 inputs). All labels ignored: 0, zero gradients."""
+    """Sum of the token losses, an fp32 scalar (float64 for float64 inputs); 0 if all labels are ignored.
+
+    impl: auto is chunked; plain holds all logits and is the reference; liger needs the package liger-kernel.
+    """
     if impl == "plain":
         logits = F.linear(h, weight)
-        return F.cross_entropy(logits.to(_accumulator(logits.dtype)), labels, ignore_index=IGNORE, reduction="sum")
+        return F.cross_entropy(
+            logits.to(_accumulator(logits.dtype)), labels, ignore_index=IGNORE, reduction="sum"
+        )
     if impl == "liger":
         return _liger(h, weight, labels)
     kind = h.device.type
@@ -72,7 +80,10 @@ class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, grad):
-        scaled = [None if g is None else _scaled(g, grad, t) for g, t in zip(ctx.saved_tensors, ctx.dtypes, strict=True)]
+        scaled = [
+            None if g is None else _scaled(g, grad, t)
+            for g, t in zip(ctx.saved_tensors, ctx.dtypes, strict=True)
+        ]
         return *scaled, None, None, None, None
 
 
@@ -85,7 +96,14 @@ def _scaled(g: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def _run(
-    h: Tensor, weight: Tensor, labels: Tensor, dtype: torch.dtype, chunk: int, fused: bool, need_h: bool, need_w: bool
+    h: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    dtype: torch.dtype,
+    chunk: int,
+    fused: bool,
+    need_h: bool,
+    need_w: bool,
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """Loss and, where needed, dh (N, D) in dtype and dW (V, D) in fp32, both for the unscaled sum."""
     N, acc = h.shape[0], _accumulator(dtype)
@@ -141,7 +159,7 @@ def _liger(h: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
     try:
         from liger_kernel.ops.fused_linear_cross_entropy import LigerFusedLinearCrossEntropyFunction as Liger
     except ImportError as error:
-        raise ValueError("impl=liger: the package liger-kernel is not installed; install it or use chunked") from error
-    return Liger.apply(
-        h, weight, labels, None, None, IGNORE, 0.0, 0.0, "sum", None, False, torch.float32
-    )[0]
+        raise ValueError(
+            "impl=liger: the package liger-kernel is not installed; install it or use chunked"
+        ) from error
+    return Liger.apply(h, weight, labels, None, None, IGNORE, 0.0, 0.0, "sum", None, False, torch.float32)[0]

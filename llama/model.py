@@ -38,7 +38,7 @@ INIT_STD = 0.02
 
 
 class RMSNorm(nn.Module):
-    """gain * x / sqrt(mean(x^2) + eps); the quotient in fp32, rounded to x's dtype before the gain multiplies."""
+    """gain * x / sqrt(mean(x^2) + eps); the quotient in fp32, rounded to x's dtype before the gain."""
 
     def __init__(self, width: int, eps: float) -> None:
         super().__init__()
@@ -52,7 +52,7 @@ class RMSNorm(nn.Module):
 
 
 def rope_tables(length: int, dim: int, theta: float, device, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Cosines and sines of position * theta^(-2j/dim), each (length, 1, dim/2), in fp32 (dtype float64: float64)."""
+    """Cosine and sine of position * theta^(-2j/dim), (length, 1, dim/2); fp32, float64 if dtype is."""
     wide = torch.promote_types(dtype, torch.float32)
     frequency = 1.0 / theta ** (torch.arange(0, dim, 2, device=device, dtype=wide) / dim)
     angle = torch.arange(length, device=device, dtype=wide)[:, None, None] * frequency
@@ -148,22 +148,25 @@ class Llama(nn.Module):
     def forward(
         self,
         input_ids: Tensor,  # (B, T) int64
-        labels: Tensor | None = None,  # (B, T) int64, already shifted: labels[t] follows input_ids[t]; -100 ignored
+        labels: Tensor | None = None,  # (B, T) int64: labels[t] follows input_ids[t]; -100 is ignored
     ) -> Tensor:
-        """Without labels: logits (B, T, V). With labels: the SUM of token losses, an fp32 scalar (float64 for a
-        float64 model), without ever holding all logits; divide by the number of valid labels outside."""
+        """Without labels: logits (B, T, V). With labels (already shifted): the SUM of token losses, an fp32
+        scalar (float64 for a float64 model), without ever holding all logits; divide by the number of valid
+        labels outside."""
         h = self.model(input_ids)
         if labels is None:
             return F.linear(h, self.head_weight)
-        return linear_cross_entropy(h.flatten(0, 1), self.head_weight, labels.flatten(), compiled=self.compiled)
+        return linear_cross_entropy(
+            h.flatten(0, 1), self.head_weight, labels.flatten(), compiled=self.compiled
+        )
 
     @torch.no_grad()
     def init_weights(self, seed: int) -> None:
         """Linears and embedding ~ N(0, 0.02^2), gains 1, in place; overwrites whatever is there.
 
-        Each parameter has its own generator, seeded by (seed, name), on its own device: the result does not depend
-        on the order of the parameters or on what was drawn before. Drawn in fp32 and then rounded, so a bf16 model
-        starts from the rounded weights of the fp32 one. CPU and CUDA draw different numbers.
+        Each parameter has its own generator, seeded by (seed, name), on its own device: the result does not
+        depend on the order of the parameters or on what was drawn before. Drawn in fp32 and then rounded, so
+        a bf16 model starts from the rounded weights of the fp32 one. CPU and CUDA draw different numbers.
         """
         for name, p in self.named_parameters():
             if p.ndim == 1:
@@ -189,16 +192,16 @@ def build_model(cfg: ModelConfig, device: torch.device | str, dtype: torch.dtype
 
 
 def compile_blocks(model: Llama) -> None:
-    """Compile every block by itself, the last norm, and (on CUDA) the softmax of the loss. In place; no names change.
+    """Compile every block by itself, the last norm, and (on CUDA) the softmax of the loss. In place.
 
-    Blocks share their graphs: one for training, one for evaluation, for each input shape. Compiled one by one,
-    a block's weight gradients are handed out as soon as that block's backward ends; compiled as a whole, the model
-    would hold all of them to the end. A deepcopy of a compiled model is compiled and runs its own weights.
+    No name changes. Blocks share their graphs: one for training, one for evaluation, for each input shape.
+    Compiled one by one, a block's weight gradients are handed out as soon as that block's backward ends;
+    compiled as a whole, the model would hold all of them to the end. A deepcopy runs its own weights.
     """
     block, norm = torch.compile(Block.forward, fullgraph=True), torch.compile(RMSNorm.forward, fullgraph=True)
     for layer in model.model.layers:
         layer.forward = MethodType(block, layer)
-    model.model.norm.forward = MethodType(norm, model.model.norm)
+    model.model.norm.forward = MethodType(norm, model.model.norm)  # type: ignore[method-assign]
     model.compiled = True
 
 

@@ -1,4 +1,4 @@
-"""Hugging Face model folders: config.json with LlamaConfig's keys, *.safetensors with LlamaForCausalLM's names."""
+"""Hugging Face model folders: config.json as LlamaConfig's, *.safetensors with LlamaForCausalLM's names."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ class FolderError(ValueError):
 
 
 def resolve(path: str | Path) -> tuple[Path, Path]:
-    """(model folder, tokenizer file) of a run folder, at its newest complete checkpoint, or of a model folder."""
+    """(model folder, tokenizer file) of a run folder, newest complete checkpoint, or of a model folder."""
     from .checkpoint import latest
 
     root = Path(path)
@@ -36,12 +36,16 @@ def resolve(path: str | Path) -> tuple[Path, Path]:
     if (root / "checkpoints").is_dir():
         folder = latest(root)
         if folder is None:
-            raise FolderError(f"{root}: no complete checkpoint in checkpoints/ yet; train until the first save")
+            raise FolderError(
+                f"{root}: no complete checkpoint in checkpoints/ yet; train until the first save"
+            )
     elif not (root / "config.json").is_file():
         raise FolderError(f"{root}: neither checkpoints/ nor config.json there; give a run or model folder")
     assert folder is not None
     if not (root / "tokenizer.model").is_file():
-        raise FolderError(f"{root}: no tokenizer.model there; copy the SentencePiece file the model was trained with")
+        raise FolderError(
+            f"{root}: no tokenizer.model there; copy the SentencePiece file the model was trained with"
+        )
     return folder, root / "tokenizer.model"
 
 
@@ -50,7 +54,9 @@ def read_json(folder: Path, name: str = "config.json") -> dict:
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise FolderError(f"{path}: no such file; give a folder that holds a LLaMA in Hugging Face's layout") from None
+        raise FolderError(
+            f"{path}: no such file; give a folder that holds a LLaMA in Hugging Face's layout"
+        ) from None
     except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
         raise FolderError(f"{path}: cannot be read as JSON ({error})") from None
     if not isinstance(content, dict):
@@ -59,12 +65,14 @@ def read_json(folder: Path, name: str = "config.json") -> dict:
 
 
 def load_config(folder: str | Path) -> ModelConfig:
-    """The shapes in folder/config.json. FolderError where it is no LLaMA or one that this model cannot express."""
+    """The shapes in folder/config.json. FolderError if it is no LLaMA or one this model cannot express."""
     folder = Path(folder)
     raw = read_json(folder)
     where = folder / "config.json"
     if raw.get("model_type") != "llama":
-        raise FolderError(f"{where}: model_type={raw.get('model_type')!r} is not 'llama'; other models do not load")
+        raise FolderError(
+            f"{where}: model_type={raw.get('model_type')!r} is not 'llama'; other models do not load"
+        )
     missing = [key for key in REQUIRED if raw.get(key) is None]
     if missing:
         raise FolderError(f"{where}: {', '.join(missing)} missing; all of {', '.join(REQUIRED)} are needed")
@@ -162,8 +170,8 @@ def open_file(path: Path):
 def load_weights(model: Llama, folder: str | Path) -> None:
     """Copy a folder's weights into the model, tensor by tensor, cast to the model's dtype, on its device.
 
-    FolderError, before any weight is changed, names what is missing, unexpected or of another shape. Two leftovers
-    of older files are skipped: rotary inv_freq tables, and an lm_head beside tied embeddings (if it is equal).
+    FolderError, before any weight is changed, names what is missing, unexpected or of another shape. Two
+    leftovers of older files are skipped: rotary inv_freq tables, and an lm_head equal to tied embeddings.
     """
     folder = Path(folder)
     wanted = dict(model.named_parameters())
@@ -172,7 +180,9 @@ def load_weights(model: Llama, folder: str | Path) -> None:
     head, embedding = "lm_head.weight", "model.embed_tokens.weight"
     if model.cfg.tie_word_embeddings and head in extra and embedding in stored:
         if not torch.equal(_read(stored, head), _read(stored, embedding)):
-            raise FolderError(f"{folder}: {head} differs from {embedding}, but config.json says they are tied")
+            raise FolderError(
+                f"{folder}: {head} differs from {embedding}, but config.json says they are tied"
+            )
         extra.discard(head)
     problems = [f"missing {n}" for n in wanted if n not in stored]
     problems += [f"unexpected {n}" for n in sorted(extra)]
@@ -211,7 +221,9 @@ def stored_dtype(folder: str | Path) -> torch.dtype:
             kinds.add(handle.get_slice(name).get_dtype())
     unknown = kinds - names.keys()
     if unknown:
-        raise FolderError(f"{folder}: weights of type {', '.join(sorted(unknown))}; only {', '.join(names)} are read")
+        raise FolderError(
+            f"{folder}: weights of type {', '.join(sorted(unknown))}; only {', '.join(names)} are read"
+        )
     return max((names[kind] for kind in kinds), key=lambda t: t.itemsize)
 
 

@@ -15,7 +15,19 @@ from llama.model import ModelConfig, build_model
 CFG = ModelConfig(
     vocab_size=300, hidden_size=32, intermediate_size=44, num_hidden_layers=2, num_attention_heads=4
 )
-LENGTHS = [5, 12, 2, 9, 11, 3, 7, 12, 1, 8, 4]  # tokens a document; one a row, padded: unequal numbers of targets
+LENGTHS = [
+    5,
+    12,
+    2,
+    9,
+    11,
+    3,
+    7,
+    12,
+    1,
+    8,
+    4,
+]  # tokens a document; one a row, padded: unequal numbers of targets
 
 
 @pytest.fixture(scope="module")
@@ -79,9 +91,13 @@ def test_ranks_together_score_every_token_once(model, evalset, exact, world, mic
     shapes.remove()
     assert sum(sums).dtype == torch.float64
     assert sum(sums).item() == pytest.approx(exact, rel=1e-6)
-    assert set(calls) == {(micro_batch, 12)} and len(calls) % world == 0  # one shape, equally many on each rank
+    assert (
+        set(calls) == {(micro_batch, 12)} and len(calls) % world == 0
+    )  # one shape, equally many on each rank
     others = sum(sums)
-    result = evaluate(model, evalset, micro_batch, rank=1, world=world, all_sum=lambda t: others, device="cpu")
+    result = evaluate(
+        model, evalset, micro_batch, rank=1, world=world, all_sum=lambda t: others, device="cpu"
+    )
     assert result["val_loss"] == pytest.approx(exact / evalset.tokens, rel=1e-6)
 
 
@@ -127,7 +143,9 @@ def command(monkeypatch, tmp_path, model, evalset):
 
     def parse(argv):
         asked.append(argv)
-        return Config(Data(**{k.removeprefix("data."): v for k, v in (a.split("=") for a in argv) if k != "data"}))
+        return Config(
+            Data(**{k.removeprefix("data."): v for k, v in (a.split("=") for a in argv) if k != "data"})
+        )
 
     def build(data, **kw):
         asked.append((data, kw))
@@ -136,7 +154,9 @@ def command(monkeypatch, tmp_path, model, evalset):
         return SimpleNamespace(validation=lambda: evalset)
 
     schema = ModuleType("configs.schema")
-    vars(schema).update(parse=parse, from_yaml=lambda path: Config(Data(validation="saved")), ConfigError=Error)
+    vars(schema).update(
+        parse=parse, from_yaml=lambda path: Config(Data(validation="saved")), ConfigError=Error
+    )
     import configs
 
     monkeypatch.setattr(configs, "schema", schema, raising=False)

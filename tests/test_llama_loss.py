@@ -84,7 +84,9 @@ def test_only_what_needs_a_gradient_gets_one():
 @pytest.mark.parametrize("scale", [1.0, 1 / 131073])  # as the sum, and divided by a number of tokens
 def test_bf16_error_is_at_most_twice_torchs(scale):
     h, w, y = inputs(torch.bfloat16)
-    exact = result(plain, h.detach().double().requires_grad_(), w.detach().double().requires_grad_(), y, scale)
+    exact = result(
+        plain, h.detach().double().requires_grad_(), w.detach().double().requires_grad_(), y, scale
+    )
     ours = result(chunked(8), h, w, y, scale)
     torchs = result(lambda h, w, y: linear_cross_entropy(h, w, y, impl="plain"), h, w, y, scale)
     assert ours[0].dtype == torch.float32 and ours[1].dtype == ours[2].dtype == torch.bfloat16
@@ -104,7 +106,10 @@ def test_scale_is_not_rounded_to_bf16():
 
 def test_chunk_of_fp32_weight_gradients_is_summed_in_fp32():
     g = torch.Generator().manual_seed(5)
-    h, w = torch.randn(512, 8, generator=g).bfloat16(), torch.randn(16, 8, generator=g).bfloat16().requires_grad_()
+    h, w = (
+        torch.randn(512, 8, generator=g).bfloat16(),
+        torch.randn(16, 8, generator=g).bfloat16().requires_grad_(),
+    )
     y = torch.randint(16, (512,), generator=g)
     exact = w.detach().double().requires_grad_()
     plain(h.double(), exact, y).backward()

@@ -84,7 +84,10 @@ def test_flops_counts_the_matrices_three_times_two():
     "values, expected",
     [
         ({"num_attention_heads": 7, "hidden_size": 128}, "num_attention_heads=7: does not divide"),
-        ({"num_attention_heads": 128, "hidden_size": 128}, "num_attention_heads=128: head dimension 1 is odd"),
+        (
+            {"num_attention_heads": 128, "hidden_size": 128},
+            "num_attention_heads=128: head dimension 1 is odd",
+        ),
         ({"num_key_value_heads": 3}, "num_key_value_heads=3: does not divide model.num_attention_heads=8"),
         ({"num_key_value_heads": 0}, "num_key_value_heads=0: outside 1 to 1024"),
         ({"vocab_size": 255}, "vocab_size=255: outside 256 to 1000000"),
@@ -114,13 +117,17 @@ def test_problems_are_all_reported_and_suggest_values_that_work():
 def test_gradcheck_norm():
     norm = RMSNorm(6, 1e-6).double()
     x = torch.randn(4, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(0), requires_grad=True)
-    assert torch.autograd.gradcheck(lambda x, w: torch.func.functional_call(norm, {"weight": w}, x), (x, norm.weight))
+    assert torch.autograd.gradcheck(
+        lambda x, w: torch.func.functional_call(norm, {"weight": w}, x), (x, norm.weight)
+    )
     expected = x / (x.square().mean(-1, keepdim=True) + 1e-6).sqrt()
     torch.testing.assert_close(norm(x), expected, rtol=1e-14, atol=0)
 
 
 def test_gradcheck_rotation_and_its_meaning():
-    x = torch.randn(2, 5, 3, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(0), requires_grad=True)
+    x = torch.randn(
+        2, 5, 3, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(0), requires_grad=True
+    )
     cos, sin = rope_tables(5, 8, 100.0, "cpu", torch.float64)
     assert cos.dtype == torch.float64
     assert torch.autograd.gradcheck(lambda x: rotate(x, cos, sin), (x,))
@@ -178,7 +185,9 @@ def test_initialisation_fills_everything_and_depends_on_the_seed_only():
     one.init_weights(11)
     two, other = build_model(cfg, "cpu", torch.float32, 11), build_model(cfg, "cpu", torch.float32, 12)
     half = build_model(cfg, "cpu", torch.bfloat16, 11)
-    for (name, p), q, r, b in zip(one.named_parameters(), *(m.parameters() for m in (two, other, half)), strict=True):
+    for (name, p), q, r, b in zip(
+        one.named_parameters(), *(m.parameters() for m in (two, other, half)), strict=True
+    ):
         assert torch.equal(p, q), name
         assert torch.equal(p.bfloat16(), b), name
         if p.ndim == 1:

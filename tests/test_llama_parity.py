@@ -26,7 +26,9 @@ def shape(name):
 
 
 def hugging_face(cfg, model):
-    keys = "vocab_size hidden_size intermediate_size num_hidden_layers num_attention_heads num_key_value_heads"
+    keys = (
+        "vocab_size hidden_size intermediate_size num_hidden_layers num_attention_heads num_key_value_heads"
+    )
     values = {key: getattr(cfg, key) for key in f"{keys} rms_norm_eps tie_word_embeddings".split()}
     rope = {"rope_theta": cfg.rope_theta, "rope_type": "default"}
     config = transformers.LlamaConfig(**values, rope_parameters=rope, attn_implementation="sdpa")
@@ -47,7 +49,7 @@ def batch(cfg):
 
 
 def grow(model):
-    """Weights of trained size and gains other than 1: with 0.02 and 1 the blocks hardly matter to the logits."""
+    """Weights of trained size and gains other than 1: from 0.02 and 1 the blocks hardly reach the logits."""
     g = torch.Generator().manual_seed(2)
     with torch.no_grad():
         for p in model.parameters():
@@ -83,8 +85,8 @@ def test_fp32_equals_transformers(name):
     compare(shape(name), torch.float32, 1e-5)
 
 
-# transformers computes three things in fp32 whatever the weights are. For float64 each is replaced by the same
-# formula without the cast: the norm, the rotary tables, the loss.
+# transformers computes three things in fp32 whatever the weights are. For float64 each is replaced by
+# the same formula without the cast: the norm, the rotary tables, the loss.
 def norm_float64(self, x):
     return self.weight * (x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + self.variance_epsilon))
 
