@@ -1,8 +1,8 @@
 """Documents from files: json, jsonl, parquet or txt, each plain, .gz, .xz or .zst, on disk or on the hub.
 
 json and jsonl: one object a line with a string "text"; a .json that starts with "[" is one array of them.
-parquet: the column "text". txt: pieces of whole paragraphs of at least 8 kB; a text without blank lines is cut
-at a line end past 16 kB, a longer line at a space.
+parquet: the column "text". txt: pieces of whole paragraphs of at least 8 kB; a text without blank lines is
+cut at a line end past 16 kB, a longer line at a space.
 
 Damaged input is skipped, counted and named with file and line; it never changes the order of the rest.
 """

@@ -1,7 +1,7 @@
 """Batches of tokens in one global order, whatever the number of ranks and workers.
 
 Every rank goes through the same rows and keeps its contiguous share of each step's; of token shards it reads
-only that share. A batch carries the position after it; a loader that starts there continues with the next token.
+only that share. A batch carries the position after it; a loader started there goes on with the next token.
 """
 
 from __future__ import annotations
@@ -137,7 +137,7 @@ class Dataset:
             return tokens
         pool, found, size = self._pool(), [np.empty(0, np.int32)], 0
         try:
-            for _, tokens in encoded(_chunked(self._validation.documents(Damage())), pool):
+            for _, tokens in encoded(chunked(self._validation.documents(Damage())), pool):
                 found.append(tokens)
                 size += len(tokens)
                 if size >= limit:
@@ -187,7 +187,8 @@ def _folder(key: str, value: Any) -> Path:
     return folder
 
 
-def _chunked(texts: Iterator[str]) -> Iterator[tuple[int, list[str]]]:
+def chunked(texts: Iterator[str]) -> Iterator[tuple[int, list[str]]]:
+    """Chunks for the pool, tagged with nothing worth knowing."""
     chunk: list[str] = []
     for text in texts:
         chunk.append(text)

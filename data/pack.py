@@ -2,8 +2,8 @@
 
 dense: documents, each with its end-of-text, are joined to one stream t; row i has x = t[iS : (i+1)S] and
        y = t[iS+1 : (i+1)S+1]: every token is predicted once, nothing is padded.
-paper: one document a row, cut to S - 1 tokens and its end-of-text, padded on the right; the protocol of GaLore
-       and its descendants. y is x shifted left, IGNORE where no token follows.
+paper: one document a row, cut to S - 1 tokens and its end-of-text, padded on the right; the protocol of
+       GaLore and its descendants. y is x shifted left, IGNORE where no token follows.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Which files a source reads, and the order of their documents.
 
-Epoch e goes through the files in an order drawn from (seed, e). Consecutive documents form blocks, across files,
-so that small files mix; each block is permuted by (seed, e, block). So the order is a pure function of the
+Epoch e goes through the files in an order drawn from (seed, e). Consecutive documents form blocks, across
+files, so that small files mix; each block is permuted by (seed, e, block). So the order is a pure function of the
 position: nothing is buffered that a resumed run could not read again, and it reads again at most one block.
 """
 
@@ -92,7 +92,7 @@ class Source:
 
     def _shuffled(self, texts: list[str], at: Cursor) -> list[str]:
         random = np.random.Philox(np.random.SeedSequence((self.seed, at.epoch, at.block)))
-        # Raw words of a counter-based generator: the same in every numpy; `permutation` does not promise that.
+        # Raw words of a counter-based generator: the same in every numpy, unlike `permutation`.
         return [texts[i] for i in np.argsort(random.random_raw(len(texts)), kind="stable")]
 
 

@@ -30,8 +30,8 @@ HUB_FILES = {
     "llama": ("hf-internal-testing/llama-tokenizer", "tokenizer.model"),
 }
 # Every setting that decides the pieces; part of the cache key. Identity normalisation, kept white space, byte
-# fallback and no dummy prefix make decode(encode(text)) == text and the pieces' bytes add up to the text's (except
-# for U+2581, SentencePiece's own mark for a space). Same input and number of threads: same file.
+# fallback and no dummy prefix make decode(encode(text)) == text and the pieces' bytes add up to the text's
+# (except for U+2581, SentencePiece's own mark for a space). Same input and number of threads: same file.
 SETTINGS: dict[str, Any] = {
     "model_type": "bpe",
     "byte_fallback": True,

@@ -1,8 +1,8 @@
 """Tokenizing in other processes, results in the order of the input.
 
-A plain child process per worker, fed through its pipes by one thread each. Not multiprocessing: a spawned worker
-there imports the training script (torch: 2 s and 300 MB each) and outlives a parent that was killed; a child that
-reads its standard input sees the end of it, whatever ended the parent.
+A plain child process per worker, fed through its pipes by one thread each. Not multiprocessing: a spawned
+worker there imports the training script (torch: 2 s and 300 MB each) and outlives a parent that was killed; a
+child that reads its standard input sees the end of it, whatever ended the parent.
 """
 
 from __future__ import annotations
