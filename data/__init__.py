@@ -25,7 +25,8 @@ _HOME = {
     "build": "loader",
 }
 __all__ = [
-    "Batch", "DamageLimit", "DataConfig", "DataError", "Dataset", "EvalSet", "IGNORE", "Loader", "Tokenizer", "build",
+    "Batch", "DamageLimit", "DataConfig", "DataError", "Dataset",
+    "EvalSet", "IGNORE", "Loader", "Tokenizer", "build",
 ]  # fmt: skip
 
 

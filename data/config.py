@@ -60,12 +60,19 @@ class DataConfig:
             if value is not None:
                 found.append(f"data.{key}={value}: would be ignored, {reason}; {way_out}")
         if self.name == "tokens" and self.workers:
-            found.append(f"data.workers={self.workers}: would be ignored, tokens are read as they are; drop it")
+            found.append(
+                f"data.workers={self.workers}: would be ignored, tokens are read as they are; drop it"
+            )
         if self.name in ("local", "tokens") and self.train is None:
             way_out = "GLOB of json, jsonl, parquet or txt files" if self.name == "local" else "FOLDER"
-            found.append(f"data.train=null: data={self.name} needs to know what to read; set data.train={way_out}")
+            found.append(
+                f"data.train=null: data={self.name} needs to know what to read; set data.train={way_out}"
+            )
         if self.name == "local" and self.validation is None:
-            found.append("data.validation=null: no text to evaluate on; set data.validation=GLOB, kept apart from data.train")
+            found.append(
+                "data.validation=null: no text to evaluate on; set data.validation=GLOB, kept apart from "
+                "data.train"
+            )
         return found
 
     def _types(self) -> list[str]:
@@ -81,7 +88,10 @@ class DataConfig:
                 found.append(f"data.{key}={value}: not a name; give a path, or drop it for the default")
         w = self.workers
         if w is not None and (not isinstance(w, int) or isinstance(w, bool) or not 0 <= w <= MAX_WORKERS):
-            found.append(f"data.workers={w}: not a number of processes from 0 to {MAX_WORKERS}; drop it for the default")
+            found.append(
+                f"data.workers={w}: not a number of processes from 0 to {MAX_WORKERS}; drop it for the "
+                "default"
+            )
         return found
 
 

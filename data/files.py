@@ -1,38 +1,30 @@
 """Documents from files: json, jsonl, parquet or txt, each plain, .gz, .xz or .zst, on disk or on the hub.
 
-json and jsonl: one object a line with a string "text"; a .json that starts with "[" is one array of such objects.
-parquet: the column "text". txt: pieces of whole paragraphs of at least 8 kB; a text without blank lines is cut at
-a line end past 16 kB, a longer line at a space.
+json and jsonl: one object a line with a string "text"; a .json that starts with "[" is one array of them.
+parquet: the column "text". txt: pieces of whole paragraphs of at least 8 kB; a text without blank lines is
+cut at a line end past 16 kB, a longer line at a space.
 
 Damaged input is skipped, counted and named with file and line; it never changes the order of the rest.
 """
 
 from __future__ import annotations
 
-import gzip
 import io
 import itertools
 import json
 import logging
-import lzma
-import os
-import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import Any, BinaryIO, cast
+from typing import Any, BinaryIO
 
-from .config import DamageLimit, DataError
+from .archive import BROKEN, Watched, open_raw, split_name, unpacked
+from .config import DamageLimit
 
 log = logging.getLogger("subspan")
 
 PIECE_BYTES = 8192  # of a txt file: about 2,000 tokens
 DAMAGE_MIN, DAMAGE_SHARE = 100, 0.01  # the run stops past max(100, 1% of the documents read)
 NAMED_DAMAGE = 20  # places logged one by one; after that only counts
-HUB = "hf://"
-FORMATS = (".json", ".jsonl", ".parquet", ".txt")
-PACKED = (".gz", ".xz", ".zst")
-# What the decompressors say of bad input, and nothing that a failing disk or network says.
-BROKEN = (EOFError, zlib.error, lzma.LZMAError, gzip.BadGzipFile)
 
 
 @dataclass
@@ -60,122 +52,8 @@ class Damage:
             )
 
 
-def split_name(path: str) -> tuple[str, str]:
-    """(format, compression) by the name's endings, e.g. ('.jsonl', '.gz'); DataError for what is not read."""
-    stem, packed = os.path.splitext(path.lower())
-    if packed not in PACKED:
-        stem, packed = path.lower(), ""
-    kind = os.path.splitext(stem)[1]
-    if kind not in FORMATS:
-        raise DataError(f"{path}: not a kind of file that can be read; known are {' '.join(FORMATS)}, plain or with {' '.join(PACKED)}")
-    return kind, packed
-
-
-def hub() -> Any:
-    """The hub's file system at $HF_ENDPOINT."""
-    from huggingface_hub import HfFileSystem
-
-    return HfFileSystem(endpoint=os.environ.get("HF_ENDPOINT"))
-
-
-def open_raw(path: str) -> BinaryIO:
-    """The stored bytes of a local path or of hf://datasets/OWNER/NAME/FILE, seekable."""
-    if path.startswith(HUB):
-        return cast(BinaryIO, hub().open(path.removeprefix(HUB), "rb"))
-    return open(path, "rb")
-
-
-def unpacked(raw: BinaryIO, packed: str) -> BinaryIO:
-    """The decompressed bytes. Reading raises one of BROKEN where the archive is damaged."""
-    if packed == ".gz":
-        return cast(BinaryIO, gzip.GzipFile(fileobj=raw))
-    if packed == ".xz":
-        return cast(BinaryIO, lzma.LZMAFile(raw))
-    if packed == ".zst":
-        return io.BufferedReader(_Zstd(raw), 1 << 18)
-    return raw
-
-
-class _Zstd(io.RawIOBase):
-    """zstd through pyarrow, any number of frames.
-
-    Arrow's reader drops what it had already unpacked when it meets damage (up to the size asked for), so the stretch
-    before the damage is read again byte by byte; then the damage is raised, as gzip and lzma do.
-    """
-
-    def __init__(self, raw: BinaryIO) -> None:
-        self._raw, self._done, self._broken = raw, 0, False
-        self._restart()
-
-    def _restart(self) -> None:
-        import pyarrow as pa
-
-        self._raw.seek(0)
-        self._file = _Watched(self._raw)
-        self._stream = pa.CompressedInputStream(pa.PythonFile(self._file, mode="r"), "zstd")
-
-    def readable(self) -> bool:
-        return True
-
-    def readinto(self, buffer: Any) -> int:
-        if self._broken:
-            raise EOFError("truncated or corrupt zstd stream")
-        try:
-            data = self._stream.read(len(buffer))
-        except OSError:
-            if self._file.failed:
-                raise
-            data, self._broken = self._before_damage(len(buffer)), True
-            if not data:
-                raise EOFError("truncated or corrupt zstd stream") from None
-        self._done += len(data)
-        buffer[: len(data)] = data
-        return len(data)
-
-    def _before_damage(self, limit: int) -> bytes:
-        self._restart()
-        left, data = self._done, bytearray()
-        try:
-            while left:
-                left -= len(self._stream.read(min(left, 1 << 18)))
-            while len(data) < limit:
-                data += self._stream.read(1)
-        except OSError:
-            if self._file.failed:
-                raise
-        return bytes(data)
-
-
-class _Watched(io.RawIOBase):
-    """Tells a failing disk or network from what Arrow thinks of the bytes: both are OSError."""
-
-    def __init__(self, raw: BinaryIO) -> None:
-        self._raw, self.failed = raw, False
-
-    def readable(self) -> bool:
-        return True
-
-    def seekable(self) -> bool:
-        return True
-
-    def seek(self, offset: int, whence: int = 0) -> int:
-        return self._raw.seek(offset, whence)
-
-    def tell(self) -> int:
-        return self._raw.tell()
-
-    def readinto(self, buffer: Any) -> int:
-        try:
-            data = self._raw.read(len(buffer))
-        except BaseException:
-            self.failed = True
-            raise
-        buffer[: len(data)] = data
-        return len(data)
-
-
 def documents(path: str, start: int, damage: Damage) -> Iterator[tuple[int, str]]:
-    """The good documents of a file after its first `start` records, as (records up to and with this one, text).
+    """The good documents of a file after its first `start` records, as (its record, from 1, and text).
 
     A record is a line, an array item, a parquet row or a piece of text, so that a position is one number.
     """
@@ -198,7 +76,8 @@ def _reason(error: BaseException) -> str:
 
 
 def _lines(stream: BinaryIO, path: str, damage: Damage, number: int = 0) -> Iterator[bytes]:
-    """Lines up to the end or to the damage, which is reported with the number of the line it cut and yields b""."""
+    """Lines up to the end or to damage, which is reported with the number of the line it cut and yields "
+    "b""."""
     iterator = iter(stream)
     while True:
         try:
@@ -242,7 +121,7 @@ def _json(stream: BinaryIO, kind: str, path: str, start: int, damage: Damage) ->
 
 
 def _array(lines: Iterator[bytes], path: str, start: int, damage: Damage) -> Iterator[tuple[int, str]]:
-    """Items of one JSON array; past the first item that is not JSON nothing can be told apart, so it ends there."""
+    """Items of one JSON array; past one that is not JSON nothing can be told apart, so it ends there."""
     parts = list(lines)
     cut = parts[-1] == b""  # by damage that is already counted
     body = b"".join(parts).decode("utf-8", "surrogateescape").strip()
@@ -308,11 +187,13 @@ def _cut(line: bytes) -> Iterator[bytes]:
     yield line[at:]
 
 
-def _parquet(stream: BinaryIO, packed: bool, path: str, start: int, damage: Damage) -> Iterator[tuple[int, str]]:
-    import pyarrow as pa
-    import pyarrow.parquet as pq
+def _parquet(
+    stream: BinaryIO, packed: bool, path: str, start: int, damage: Damage
+) -> Iterator[tuple[int, str]]:
+    import pyarrow as pa  # type: ignore[import-untyped]
+    import pyarrow.parquet as pq  # type: ignore[import-untyped]
 
-    watched = _Watched(stream)
+    watched = Watched(stream)
     try:
         table = pq.ParquetFile(io.BytesIO(stream.read()) if packed else watched)
         if "text" not in table.schema_arrow.names:
@@ -333,9 +214,9 @@ def _parquet(stream: BinaryIO, packed: bool, path: str, start: int, damage: Dama
 
 
 def _row_group(
-    table: Any, watched: _Watched, group: int, row: int, start: int, path: str, damage: Damage
+    table: Any, watched: Watched, group: int, row: int, start: int, path: str, damage: Damage
 ) -> Iterator[tuple[int, str]]:
-    import pyarrow as pa
+    import pyarrow as pa  # type: ignore[import-untyped]
 
     batches = table.iter_batches(batch_size=1024, row_groups=[group], columns=["text"])
     while True:

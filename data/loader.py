@@ -1,7 +1,7 @@
 """Batches of tokens in one global order, whatever the number of ranks and workers.
 
-Every rank goes through the same rows and keeps its contiguous share of each step's (token shards: reads only its share).
-A batch carries the position after it; a loader that starts there continues with the next token.
+Every rank goes through the same rows and keeps its contiguous share of each step's; of token shards it reads
+only that share. A batch carries the position after it; a loader started there goes on with the next token.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ class Rows(Protocol):
     damage: Damage
 
     def take(self, count: int, low: int, high: int) -> tuple[np.ndarray, np.ndarray, dict[str, Any]]:
-        """x, y (high - low, seq_len) of rows [low, high) of the next `count`, and the position after all of them."""
+        """x, y (high - low, seq_len) of rows [low, high) of the next `count`; the position after all."""
         ...
 
     def close(self) -> None: ...
@@ -98,7 +98,7 @@ class Dataset:
     def loader(
         self, rows: int, rank: int = 0, world: int = 1, state: dict[str, Any] | None = None, pin: bool = False
     ) -> Loader:
-        """Batches of rows // world rows for this rank, `rows` a step over all ranks, from a batch's `state` on."""
+        """Batches of this rank's rows // world of `rows` a step over all ranks, from a batch's `state` on."""
         if rows < world or rows % world:
             raise ValueError(f"rows={rows} do not divide among {world} ranks; give a multiple of {world}")
         state = dict(state or {})
@@ -106,7 +106,8 @@ class Dataset:
         for key, value in self._identity.items():
             if known.get(key) != value:
                 raise DataError(
-                    f"{key}={value}: the checkpoint was saved with {known.get(key)}, its position in the data means "
+                    f"{key}={value}: the checkpoint was saved with {known.get(key)}, its position in the "
+                    "data means "
                     "nothing here; give back what it had, or start another run with run.name=NAME"
                 )
         stream: Rows
@@ -118,12 +119,14 @@ class Dataset:
         return Loader(stream, rows, rank, world, pin, self._identity)
 
     def validation(self, max_tokens: int = 10_000_000) -> EvalSet:
-        """The first max_tokens targets of the validation text in file order, densely packed whatever the packing.
+        """The first max_tokens targets of the validation text in file order, dense whatever the packing.
 
         Every token is scored exactly once, except the very first. DataError where there are none.
         """
         if max_tokens not in self._eval:
-            self._eval[max_tokens] = _eval_set(self._validation_tokens(max_tokens + 1), self.tokenizer, self.seq_len)
+            self._eval[max_tokens] = _eval_set(
+                self._validation_tokens(max_tokens + 1), self.tokenizer, self.seq_len
+            )
         return self._eval[max_tokens]
 
     def _validation_tokens(self, limit: int) -> np.ndarray:
@@ -134,7 +137,7 @@ class Dataset:
             return tokens
         pool, found, size = self._pool(), [np.empty(0, np.int32)], 0
         try:
-            for _, tokens in encoded(_chunked(self._validation.documents(Damage())), pool):
+            for _, tokens in encoded(chunked(self._validation.documents(Damage())), pool):
                 found.append(tokens)
                 size += len(tokens)
                 if size >= limit:
@@ -142,7 +145,9 @@ class Dataset:
         finally:
             pool.close()
         if size < 2:
-            raise DataError(f"data.validation={self.cfg.validation}: holds no text to evaluate on; name other files")
+            raise DataError(
+                f"data.validation={self.cfg.validation}: holds no text to evaluate on; name other files"
+            )
         return np.concatenate(found)[:limit]
 
     def _pool(self) -> Pool:
@@ -157,7 +162,8 @@ class Dataset:
         for shards in (train, validation):
             if shards.meta["tokenizer_sha256"] != tokenizer.sha256:
                 raise DataError(
-                    f"data.validation={held_out}: tokens of {shards.folder} were made with another tokenizer than "
+                    f"data.validation={held_out}: tokens of {shards.folder} were made with another "
+                    "tokenizer than "
                     f"{tokenizer.path}; prepare both with one tokenizer"
                 )
         check_size(tokenizer, str(tokenizer.path), vocab_size)
@@ -181,7 +187,8 @@ def _folder(key: str, value: Any) -> Path:
     return folder
 
 
-def _chunked(texts: Iterator[str]) -> Iterator[tuple[int, list[str]]]:
+def chunked(texts: Iterator[str]) -> Iterator[tuple[int, list[str]]]:
+    """Chunks for the pool, tagged with nothing worth knowing."""
     chunk: list[str] = []
     for text in texts:
         chunk.append(text)
@@ -192,7 +199,9 @@ def _chunked(texts: Iterator[str]) -> Iterator[tuple[int, list[str]]]:
         yield 0, chunk
 
 
-def encoded(chunks: Iterator[tuple[Any, list[str]]], pool: Pool) -> Iterator[tuple[tuple[Any, int], np.ndarray]]:
+def encoded(
+    chunks: Iterator[tuple[Any, list[str]]], pool: Pool
+) -> Iterator[tuple[tuple[Any, int], np.ndarray]]:
     """((tag, number in the chunk), tokens with an end-of-text, int32) of each document that has any token."""
     eos = np.array([pool.tokenizer.eos_id], np.int32)
     for tag, batch in pool.map(chunks):
@@ -228,7 +237,9 @@ class _TextStream:
         document, skip = state.pop("document", 0), state.pop("token", 0)
         documents = encoded(self._chunks(Cursor(**state), document), pool)
         pad_id = pool.tokenizer.pad_id
-        self._pack = Dense(documents, seq_len, skip) if packing == "dense" else Paper(documents, seq_len, pad_id)
+        self._pack = (
+            Dense(documents, seq_len, skip) if packing == "dense" else Paper(documents, seq_len, pad_id)
+        )
 
     def _chunks(self, at: Cursor, first: int) -> Iterator[tuple[tuple[Cursor, int], list[str]]]:
         for cursor, texts in self._source.blocks(at, self.damage):
@@ -267,7 +278,9 @@ class _ShardStream:
 class Loader:
     """An endless iterator of Batch, made ahead in a thread; an error there is raised here, with its type."""
 
-    def __init__(self, stream: Rows, rows: int, rank: int, world: int, pin: bool, identity: dict[str, Any]) -> None:
+    def __init__(
+        self, stream: Rows, rows: int, rank: int, world: int, pin: bool, identity: dict[str, Any]
+    ) -> None:
         self._stream, self._identity, self._pin = stream, identity, pin
         share = rows // world
         self._share = (rows, rank * share, (rank + 1) * share)
@@ -305,7 +318,9 @@ class Loader:
         """Stop the thread and the tokenizing processes."""
         self._closed.set()
         self._stream.close()
-        self._thread.join(timeout=10)  # a read over the network may take longer; the thread ends with the process
+        self._thread.join(
+            timeout=10
+        )  # a read over the network may take longer; the thread ends with the process
 
     def _run(self) -> None:
         try:
@@ -316,10 +331,12 @@ class Loader:
 
     def _batch(self) -> Batch:
         x, y, state = self._stream.take(*self._share)
-        tensors = [torch.from_numpy(np.ascontiguousarray(a)) for a in (x, y)]
-        if self._pin:
-            tensors = [t.pin_memory() for t in tensors]
-        return Batch(*tensors, state={**state, "of": self._identity}, valid=int((y != IGNORE).sum()))
+        state["of"] = self._identity
+        return Batch(self._tensor(x), self._tensor(y), state, valid=int((y != IGNORE).sum()))
+
+    def _tensor(self, rows: np.ndarray) -> Tensor:
+        tensor = torch.from_numpy(np.ascontiguousarray(rows))
+        return tensor.pin_memory() if self._pin else tensor
 
     def _put(self, item: Batch | BaseException) -> None:
         while not self._closed.is_set():

@@ -2,8 +2,8 @@
 
 dense: documents, each with its end-of-text, are joined to one stream t; row i has x = t[iS : (i+1)S] and
        y = t[iS+1 : (i+1)S+1]: every token is predicted once, nothing is padded.
-paper: one document a row, cut to S - 1 tokens and its end-of-text, padded on the right; the protocol of GaLore and its
-       descendants. y is x shifted left, IGNORE where no token follows.
+paper: one document a row, cut to S - 1 tokens and its end-of-text, padded on the right; the protocol of
+       GaLore and its descendants. y is x shifted left, IGNORE where no token follows.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ Where = TypeVar("Where")  # what a document's place in the order is described by
 
 
 class Dense(Generic[Where]):
-    """Rows from (place, tokens with end-of-text) of each document; the first `skip` tokens of the first are used up."""
+    """Rows from (place, tokens with end-of-text) of each document, without the first `skip` tokens."""
 
     def __init__(self, documents: Iterator[tuple[Where, np.ndarray]], seq_len: int, skip: int = 0) -> None:
         self._documents, self._seq_len = documents, seq_len
@@ -28,7 +28,8 @@ class Dense(Generic[Where]):
         self._tokens, self._used = -skip, skip  # tokens held and not used; used of the first document held
 
     def take(self, rows: int) -> tuple[np.ndarray, np.ndarray, Where, int]:
-        """x, y (rows, seq_len) int64; then the place of the next row's first token: its document, tokens before it."""
+        """x, y (rows, seq_len) int64; the place of the next row: its first token's document and number "
+        "in it."""
         count = rows * self._seq_len
         while self._tokens < count + 1:  # one more: the last target is the next row's first token
             self._held.append(next(self._documents))

@@ -6,7 +6,7 @@
     train_00000.idx ...     for each document of the shard the position after its end, uint64
     validation_00000.bin    likewise
 
-A row is found by arithmetic, so the order of an epoch is a permutation of row numbers and a position is one number.
+A row is found by arithmetic: the order of an epoch is a permutation of row numbers, a position one number.
 """
 
 from __future__ import annotations
@@ -66,7 +66,9 @@ class Shards:
     def __init__(self, folder: Path, split: str) -> None:
         meta = read_meta(folder)
         if not meta["splits"].get(split):
-            raise DataError(f"data.{split}={folder}: holds no {split} tokens; prepare it with data.{split}=GLOB")
+            raise DataError(
+                f"data.{split}={folder}: holds no {split} tokens; prepare it with data.{split}=GLOB"
+            )
         self.folder, self.meta, self.vocab_size = folder, meta, int(meta["vocab_size"])
         self._tokens, self._ends = [], []
         shards = meta["splits"][split]
@@ -100,18 +102,28 @@ class Shards:
     def check(self, rows: np.ndarray) -> None:
         top = int(rows.max())
         if top >= self.vocab_size:
-            raise DamageLimit(f"{self.folder}: a shard holds token {top} of a vocabulary of {self.vocab_size}; prepare it again")
+            raise DamageLimit(
+                f"{self.folder}: a shard holds token {top} of a vocabulary of {self.vocab_size}; prepare "
+                "it again"
+            )
 
 
 class ShardRows:
     """Rows of a split in a shuffled order; a position is (epoch, row)."""
 
     def __init__(self, shards: Shards, packing: str, seq_len: int, seed: int, pad_id: int) -> None:
-        self.shards, self.packing, self.seq_len, self.seed, self.pad_id = shards, packing, seq_len, seed, pad_id
+        self.shards, self.packing, self.seq_len, self.seed, self.pad_id = (
+            shards,
+            packing,
+            seq_len,
+            seed,
+            pad_id,
+        )
         self.rows = shards.documents if packing == "paper" else (shards.tokens - 1) // seq_len
         if self.rows < 1:
             raise DataError(
-                f"data.train={shards.folder}: its {shards.tokens} tokens do not fill one row of seq_len={seq_len}; "
+                f"data.train={shards.folder}: its {shards.tokens} tokens do not fill one row of "
+                f"seq_len={seq_len}; "
                 "prepare more text or set a smaller seq_len"
             )
 
@@ -152,10 +164,14 @@ def read_meta(folder: Path) -> dict[str, Any]:
             "run it, or let it end"
         ) from None
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise DataError(f"data.train={folder}: {path} is damaged ({error}); prepare the folder again") from None
+        raise DataError(
+            f"data.train={folder}: {path} is damaged ({error}); prepare the folder again"
+        ) from None
 
 
-def _map(folder: Path, shard: dict[str, Any], ending: str, dtype: np.dtype[Any], count: int, verify: bool) -> np.ndarray:
+def _map(
+    folder: Path, shard: dict[str, Any], ending: str, dtype: np.dtype[Any], count: int, verify: bool
+) -> np.ndarray:
     path = folder / (shard["name"] + ending)
     size = path.stat().st_size if path.is_file() else -1
     if size != count * dtype.itemsize or not count:
@@ -164,5 +180,7 @@ def _map(folder: Path, shard: dict[str, Any], ending: str, dtype: np.dtype[Any],
     with open(path, "rb") as stream:
         content = mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ)
     if verify and hashlib.sha256(content).hexdigest() != shard["sha256" + ending]:
-        raise DataError(f"data.train={folder}: the content of {path} was altered since it was prepared; prepare it again")
+        raise DataError(
+            f"data.train={folder}: the content of {path} was altered since it was prepared; prepare it again"
+        )
     return np.frombuffer(content, dtype)

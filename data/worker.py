@@ -1,8 +1,8 @@
 """Tokenizing in other processes, results in the order of the input.
 
-A plain child process per worker, fed through its pipes by one thread each. Not multiprocessing: a spawned worker there
-imports the training script (torch: 2 s and 300 MB each) and outlives a parent that was killed; a child that reads its
-standard input sees the end of it, whatever ended the parent.
+A plain child process per worker, fed through its pipes by one thread each. Not multiprocessing: a spawned
+worker there imports the training script (torch: 2 s and 300 MB each) and outlives a parent that was killed; a
+child that reads its standard input sees the end of it, whatever ended the parent.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import threading
 from collections import deque
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, cast
 
 import numpy as np
 
@@ -66,17 +66,20 @@ class Pool:
         child = getattr(self._mine, "child", None)
         if child is None:
             child = self._mine.child = self._start()
+        sink, source = cast(BinaryIO, child.stdin), cast(BinaryIO, child.stdout)
         try:
-            pickle.dump(texts, child.stdin, protocol=5)
-            child.stdin.flush()
-            lengths, flat = pickle.load(child.stdout)
+            pickle.dump(texts, sink, protocol=5)
+            sink.flush()
+            lengths, flat = pickle.load(source)
         except (OSError, EOFError, pickle.UnpicklingError):
-            raise RuntimeError(f"a tokenizing process ended by itself (exit status {child.wait()}; -9: out of memory?)") from None
+            raise RuntimeError(
+                f"a tokenizing process ended by itself (exit status {child.wait()}; -9: out of memory?)"
+            ) from None
         return np.split(flat, np.cumsum(lengths)[:-1])
 
     def _start(self) -> subprocess.Popen[bytes]:
         path = os.pathsep.join(p or os.getcwd() for p in sys.path)
-        start = f"import signal; signal.signal(signal.SIGINT, signal.SIG_IGN); from {__name__} import serve; serve()"
+        start = f"import signal as s; s.signal(s.SIGINT, s.SIG_IGN); from {__name__} import serve; serve()"
         child = subprocess.Popen(
             [sys.executable, "-c", start, str(self.tokenizer.path)],
             env={**os.environ, "PYTHONPATH": path},
@@ -88,7 +91,8 @@ class Pool:
 
 
 def serve() -> None:
-    """The child: lists of texts from standard input, (lengths, flat ids) to standard output, until the input ends."""
+    """The child: lists of texts from standard input, (lengths, flat ids) to standard output, until its "
+    "end."""
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
         signal.signal(number, signal.SIG_IGN)  # meant for the parent, which saves and then closes the pipe
     tokenizer = Tokenizer(sys.argv[1])
