@@ -5,7 +5,6 @@ import shutil
 import subprocess
 import sys
 from dataclasses import asdict
-from itertools import product
 from pathlib import Path
 
 import pytest
@@ -47,15 +46,19 @@ def test_defaults_are_the_documented_ones() -> None:
     assert parse(["run.name=mine"]).run.name == "mine"
 
 
-def test_every_combination_of_group_files_composes() -> None:
-    names = [group_options(group) for group in GROUPS]
-    assert all(names)
+def test_every_group_file_composes() -> None:
     files = ["data.train=a.txt", "data.validation=b.txt"]
-    for model, optim, data, recipe in product(*names):
-        needs = {"local": files, "tokens": files[:1]}.get(data, [])
-        cfg = parse([f"model={model}", f"optim={optim}", f"data={data}", f"experiment={recipe}", *needs])
-        assert cfg.optim.name == optim and cfg.data.name == data
-        assert cfg.run.name == f"{model}_{optim}_0", "the command line's choice beats the recipe's"
+    assert all(group_options(group) for group in GROUPS)
+    for group in GROUPS:
+        for option in group_options(group):
+            needs = {"local": files, "tokens": files[:1]}.get(option, [])
+            cfg = parse([f"{group}={option}", *needs])
+            taken = (cfg.run.name or "").rsplit("_", 2)[0]
+            assert group == "experiment" or option in (cfg.optim.name, cfg.data.name, taken)
+    cfg = parse(["model=llama_9m", "data=c4", "experiment=quickstart"])
+    assert (cfg.run.name, cfg.data.name) == ("llama_9m_adamw_0", "c4"), (
+        "the command line's choice beats the recipe's"
+    )
 
 
 @pytest.mark.parametrize("path", sorted(FOLDER.glob("*/*.yaml")), ids=lambda p: f"{p.parent.name}/{p.stem}")
@@ -91,6 +94,11 @@ def test_precedence_dataclass_group_recipe_command_line(folder: Path) -> None:
     assert parse(["steps=4", "experiment=mine"], folder).steps == 4, "whatever the order on the command line"
     cfg = parse(["experiment=mine", "model=llama_tiny"], folder)
     assert cfg.model.hidden_size == 128 and cfg.run.name == "llama_tiny_adamw_0"
+    with (folder / "config.yaml").open("a") as file:
+        file.write("seed: 9\nkeep_last: 5\n")
+    (folder / "experiment" / "late.yaml").write_text("# @package _global_\nseed: 11\n")
+    cfg = parse(["experiment=late", "optim.eps=1e-9"], folder)
+    assert (cfg.seed, cfg.keep_last) == (11, 5), "a recipe beats config.yaml"
     assert parse(["experiment=null"], folder) == parse([], folder)
 
 
@@ -146,6 +154,22 @@ def test_tokens_per_step_names_the_nearest_that_divide() -> None:
 def test_a_source_that_lacks_its_files_is_found_beside_other_problems() -> None:
     first, second = problems_of(["data=tokens", "stepz=3"])
     assert first.startswith("stepz=3: ") and second.startswith("data.train=null: ")
+
+
+def test_nothing_is_judged_by_the_default_of_a_value_that_failed() -> None:
+    (line,) = problems_of(["data=nonsense", "data.train=x"])  # would be ignored, had c4 been meant
+    assert line.startswith("data=nonsense: ")
+    (line,) = problems_of(["model=nonsense", "model.hidden_size=100"])  # 8 heads do not divide it
+    assert line.startswith("model=nonsense: ")
+    (line,) = problems_of(["micro_batch=many", "tokens_per_step=2048"])
+    assert line.startswith("micro_batch=many: ")
+    first, second = problems_of(["optim=nonsense", "optim.beta1=2"])
+    assert first.startswith("optim=nonsense: ") and second.startswith("optim.beta1=2: ")
+
+
+def test_hydra_settings_point_to_the_run_folder() -> None:
+    (line,) = problems_of(["hydra.run.dir=x"])
+    assert "run.name" in line
 
 
 def test_values_keep_what_was_typed() -> None:
@@ -248,6 +272,16 @@ def test_yaml_round_trip_of_composed_configurations(tmp_path: Path) -> None:
     assert from_yaml(path).model.init_from == "a/folder/since/removed"
     path.write_text("seed: 5\n")
     assert from_yaml(path).seed == 5 and from_yaml(path).micro_batch == 16
+
+
+@pytest.mark.parametrize(
+    "text", ["", "[1, 2]", "a: [", "steps: 1\nsteps: 2", "x", "\x00", "optim: 3", "a: ${", "1: 2"]
+)
+def test_a_file_that_is_no_configuration_is_one_clear_error(tmp_path: Path, text: str) -> None:
+    path = tmp_path / "config.yaml"
+    path.write_text(text)
+    with pytest.raises(ConfigError, match=str(path)):
+        from_yaml(path)
 
 
 def test_help_fits_and_names_everything() -> None:
