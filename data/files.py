@@ -29,11 +29,15 @@ NAMED_DAMAGE = 20  # places logged one by one; after that only counts
 
 @dataclass
 class Damage:
-    """Counts of documents read and of damaged input skipped; raises DamageLimit past the limit."""
+    """Documents read and places of damaged input skipped in this epoch; raises DamageLimit past the limit.
+
+    Each epoch is judged by itself: going over the same places again is no new damage.
+    """
 
     documents: int = 0
     damaged: int = 0
     quiet: bool = False
+    named: int = 0  # places logged
     places: list[str] = field(default_factory=list)  # the last few
 
     def report(self, file: str, line: int, reason: str) -> None:
@@ -41,7 +45,8 @@ class Damage:
         self.damaged += 1
         place = f"{file}:{line}" if line else file
         self.places = [*self.places[-4:], f"{place} ({reason})"]
-        if not self.quiet and self.damaged <= NAMED_DAMAGE:
+        if not self.quiet and self.named < NAMED_DAMAGE:
+            self.named += 1
             log.warning("skipped damaged input at %s: %s", place, reason)
         elif not self.quiet and self.damaged % 100 == 0:
             log.warning("skipped damaged input at %d places so far, last at %s", self.damaged, place)

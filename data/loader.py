@@ -292,7 +292,7 @@ class Loader:
 
     @property
     def damaged(self) -> int:
-        """Places of damaged input skipped since the start of the run, what was read ahead included."""
+        """Places of damaged input skipped in this epoch, what was read ahead included."""
         return self._stream.damage.damaged
 
     def __iter__(self) -> Loader:
