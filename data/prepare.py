@@ -70,7 +70,7 @@ def _meta(
         "vocab_size": tokenizer.vocab_size,
         "eos_id": tokenizer.eos_id,
         "tokenizer_sha256": tokenizer.sha256,
-        "documents_damaged": damage.damaged,
+        "documents_damaged": damage.skipped,
         "splits": splits,
     }
 
@@ -143,7 +143,7 @@ class _Progress:
 
     def _text(self) -> str:
         rate = self.tokens / max(time.monotonic() - self.start, 1e-3)
-        lost = f", {self.damage.damaged} damaged" if self.damage.damaged else ""
+        lost = f", {self.damage.skipped} damaged" if self.damage.skipped else ""
         return f"{self.split}: {self.tokens / 1e6:.1f} M tokens, {rate / 1e6:.2f} M tokens/s{lost}"
 
 

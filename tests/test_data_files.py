@@ -1,4 +1,4 @@
-"""Every format and archive reads alike; damaged input is skipped, counted, named, and changes nothing else."""
+"""Every format and archive reads alike; damaged input is skipped, counted, named, and changes no other."""
 
 import gzip
 import json

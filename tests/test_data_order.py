@@ -1,4 +1,4 @@
-"""The order of tokens is a pure function of (seed, position): any stops, ranks and workers give the same rows."""
+"""Tokens are a pure function of (seed, position): any stops, ranks and workers give the same rows."""
 
 import json
 import os
@@ -61,7 +61,7 @@ def datasets(folder):
 
 
 def read(data, rows, steps, world=1, state=None):
-    """(x, y) of the global rows of some steps, and the position after them, each state passed through JSON."""
+    """(x, y) of the global rows of some steps, and the position after them, passed through JSON."""
     loaders = [data.loader(rows, rank, world, state) for rank in range(world)]
     try:
         xs, ys, states = [], [], [state] * world
@@ -202,12 +202,15 @@ def test_a_worker_ignores_signals_and_its_death_is_an_error(folder):
 
 
 def test_workers_end_with_a_killed_parent(folder):
-    code = (
-        "import sys; from data import DataConfig, build\n"
-        f"cfg = DataConfig('local', '{folder}/*.jsonl', '{folder}/v.txt', 'dense', 'train', 2, '{folder}/cache')\n"
-        "batches = build(cfg, vocab_size=320, seq_len=16, seed=5).loader(6)\n"
-        "next(batches)\nprint(*[c.pid for c in batches._stream._pool._children], flush=True)\nsys.stdin.read()\n"
-    )
+    code = f"""
+import sys
+from data import DataConfig, build
+cfg = DataConfig("local", "{folder}/*.jsonl", "{folder}/v.txt", "dense", "train", 2, "{folder}/cache")
+batches = build(cfg, vocab_size=320, seq_len=16, seed=5).loader(6)
+next(batches)
+print(*[child.pid for child in batches._stream._pool._children], flush=True)
+sys.stdin.read()
+"""
     parent = subprocess.Popen(
         [sys.executable, "-c", code], cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
     )
