@@ -294,8 +294,8 @@ class Loader:
 
     @property
     def damaged(self) -> int:
-        """Places of damaged input skipped since the start of the run, what was read ahead included."""
-        return self._stream.damage.damaged
+        """Places of damaged input that this loader skipped, what it read ahead included."""
+        return self._stream.damage.skipped
 
     def __iter__(self) -> Loader:
         return self
