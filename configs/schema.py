@@ -1,0 +1,186 @@
+"""The configuration of a run: a dataclass for each group, everything checked before anything is allocated.
+
+No torch here. Group files under this folder give values; the dataclasses give keys, types and defaults.
+"""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from data.config import DataConfig
+from llama.config import ModelConfig, num_params
+from optim.config import OptimConfig, default_lr
+
+from .values import ConfigError, apply, read_yaml
+
+__all__ = ["Config", "ConfigError", "RunConfig", "SCHEMAS", "from_yaml", "register", "to_yaml"]
+
+# Group -> schema name -> dataclass. A group file opens with `defaults: [/schema/<group>/<name>@_here_]`.
+SCHEMAS: dict[str, dict[str, type]] = {
+    "model": {"llama": ModelConfig},
+    "optim": {"adamw": OptimConfig},
+    "data": {"text": DataConfig},
+}
+CHOICES = {"weights": ("bf16", "fp32"), "dist": ("replicate",), "compile": ("auto", "off")}
+SINKS = ("none", "wandb", "tensorboard")
+# key -> (smallest, largest, what it counts)
+RANGES = {
+    "steps": (1, 10**9, "optimizer steps"),
+    "tokens_per_step": (2, 2**30, "token positions over all ranks"),
+    "micro_batch": (1, 65536, "sequences per rank"),
+    "seq_len": (2, 131072, "tokens per sequence"),
+    "seed": (0, 2**31 - 1, "one number for weights and data order"),
+    "eval_every": (1, 10**9, "optimizer steps"),
+    "save_every": (1, 10**9, "optimizer steps"),
+    "keep_last": (1, 10**6, "checkpoints kept"),
+}
+# Published pre-training lengths: up to this many parameters -> steps of 131,072 positions.
+STEPS = ((100e6, 10_000), (250e6, 20_000), (600e6, 60_000), (2e9, 100_000), (float("inf"), 150_000))
+
+
+@dataclass
+class RunConfig:
+    dir: str = "runs"  # parent of the run's folder
+    name: str | None = None  # the run's folder; None: model_optim_seed
+
+
+@dataclass
+class Config:
+    model: ModelConfig = field(default_factory=ModelConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    run: RunConfig = field(default_factory=RunConfig)
+    steps: int | None = None  # None: by model size
+    tokens_per_step: int = 131072  # token positions over all ranks and micro-batches
+    micro_batch: int = 16  # sequences per rank and forward pass
+    seq_len: int = 256
+    seed: int = 0
+    eval_every: int = 1000
+    save_every: int = 1000
+    keep_last: int = 2
+    weights: str | None = None  # bf16 | fp32; None: bf16 on a GPU, fp32 on a CPU
+    dist: str = "replicate"
+    compile: str = "auto"  # auto | off; auto acts on a GPU only
+    log: Any = "none"  # none | wandb | tensorboard, or a list of them
+
+    def check(self) -> list[str]:
+        """Every problem that needs no world size to see; combinations once each value alone is in range."""
+        return self.ranges() or self.combinations()
+
+    def ranges(self) -> list[str]:
+        """Every value that cannot be meant, whatever the others are."""
+        found = []
+        for key, (low, high, unit) in RANGES.items():
+            value = getattr(self, key)
+            if value is None and key == "steps":
+                continue
+            if not low <= value <= high:
+                found.append(f"{key}={value}: outside {low}..{high} ({unit}); choose one inside")
+        for key, names in CHOICES.items():
+            value = getattr(self, key)
+            if value not in names and not (value is None and key == "weights"):
+                found.append(f"{key}={value}: no such choice; choose {' or '.join(names)}")
+        found += self._log_problems() + self._run_problems()
+        for group in ("model", "optim", "data"):
+            found += getattr(self, group).problems()
+        return found
+
+    def _log_problems(self) -> list[str]:
+        names = self.log if isinstance(self.log, list) else [self.log]
+        if not names or any(name not in SINKS for name in names):
+            return [f"log={self.log}: no such choice; choose none, wandb, tensorboard or [wandb,tensorboard]"]
+        if len(set(names)) < len(names):
+            return [f"log={self.log}: a name stands twice; write each once"]
+        if "none" in names and len(names) > 1:
+            return [f"log={self.log}: none goes with nothing else; drop it or the others"]
+        return []
+
+    def _run_problems(self) -> list[str]:
+        found = []
+        if not self.run.dir.strip() or not self.run.dir.isprintable():
+            found.append(f"run.dir={self.run.dir}: not a folder's path; runs is the default")
+        name = self.run.name
+        if name is None:
+            return found
+        plain = (
+            name.isprintable() and name == name.strip() and name not in ("", ".", "..") and len(name) <= 200
+        )
+        if not plain or set(name) & set("/\\") or name.startswith("-"):
+            found.append(
+                f"run.name={name}: not a plain folder name; give it without / and \\, put the path in run.dir"
+            )
+        return found
+
+    def combinations(self) -> list[str]:
+        """Pairs of values that are fine alone and impossible together."""
+        try:
+            self.accumulation(1)
+        except ConfigError as error:
+            return error.problems
+        return []
+
+    def accumulation(self, world: int) -> int:
+        """Micro-batches per optimizer step on each of `world` ranks.
+
+        Raises ConfigError when tokens_per_step is no whole number of them, with the nearest values that are.
+        """
+        once = self.micro_batch * self.seq_len * world
+        whole, rest = divmod(self.tokens_per_step, once)
+        if rest == 0 and whole > 0:
+            return whole
+        near = " or ".join(str(k * once) for k in (whole, whole + 1) if k > 0)
+        ranks = f" x {world} ranks" if world > 1 else ""
+        raise ConfigError(
+            [
+                f"tokens_per_step={self.tokens_per_step}: not a multiple of micro_batch={self.micro_batch} x "
+                f"seq_len={self.seq_len}{ranks} = {once}; nearest: {near}"
+            ]
+        )
+
+    def resolved(self) -> Config:
+        """A copy with the nulls that depend on the model filled: steps, optim.lr, run.name."""
+        cfg = copy.deepcopy(self)
+        size = num_params(cfg.model)
+        if cfg.steps is None:
+            cfg.steps = next(steps for limit, steps in STEPS if size <= limit)
+        if cfg.optim.lr is None:
+            cfg.optim.lr = default_lr(size)
+        if cfg.run.name is None:
+            cfg.run.name = f"llama_{size / 1e6:.0f}m_{cfg.optim.name}_{cfg.seed}"
+        return cfg
+
+
+def register() -> None:
+    """Make the dataclasses known to Hydra, as the schemas that config.yaml and the group files name."""
+    from hydra.core.config_store import ConfigStore
+
+    store = ConfigStore.instance()
+    store.store(group="schema", name="config", node=Config)
+    for group, schemas in SCHEMAS.items():
+        for name, kind in schemas.items():
+            store.store(group=f"schema/{group}", name=name, node=kind)
+
+
+def to_yaml(cfg: Config) -> str:
+    """The configuration as YAML text; `from_yaml` gives back an equal one."""
+    from omegaconf import OmegaConf
+
+    return OmegaConf.to_yaml(OmegaConf.create(asdict(cfg)))
+
+
+def from_yaml(path: str | Path) -> Config:
+    """The configuration of a run folder's config.yaml. Keys it lacks take their defaults.
+
+    Raises ConfigError with one line per unknown key or bad value, each naming the file.
+    """
+    values = read_yaml(Path(path))
+    cfg = Config()
+    cfg.optim = SCHEMAS["optim"].get(str(values.get("optim.name")), OptimConfig)()
+    # The folder that the run started from may be gone by now, and nothing reads it again.
+    found = apply(cfg, values) or [x for x in cfg.check() if not x.startswith("model.init_from=")]
+    if found:
+        raise ConfigError([f"{path}: {line}" for line in found])
+    return cfg

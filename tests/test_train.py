@@ -1,0 +1,209 @@
+"""The training loop as a user runs it: whole runs, stops and resumes, ranks, damaged gradients, exit codes."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+import train
+from llama import checkpoint, metrics
+
+ROOT = Path(__file__).parent.parent
+TIMED = ("tokens_per_s", "peak_mem_gib")  # what differs between two equal runs
+
+
+def rows(run):
+    return [{k: v for k, v in r.items() if k not in TIMED} for r in metrics.read(run / "metrics.jsonl")]
+
+
+def result(run):
+    """Everything a run ends with, to the bit."""
+    path = checkpoint.latest(run)
+    state = checkpoint.read_state(path)
+    files = {n: load_file(path / n) for n in ("model.safetensors", "optim.safetensors")}
+    tensors = {f"{n}/{k}": t.numpy().tobytes() for n, f in files.items() for k, t in f.items()}
+    return {"step": state["step"], "data": state["data"], "stream": state["stream"], "tokens": state["tokens"]} | tensors
+
+
+@pytest.fixture(scope="module")
+def whole(command, tmp_path_factory):
+    """An uninterrupted run."""
+    folder = tmp_path_factory.mktemp("whole")
+    assert train.main(command(folder)) == 0
+    return folder / "r"
+
+
+def stop_after(monkeypatch, steps):
+    """A SIGTERM that arrives while step number `steps` of this process runs."""
+    real, seen = train.Run.step, []
+
+    def step(self, *args):
+        real(self, *args)
+        seen.append(1)
+        if len(seen) == steps:
+            signal.raise_signal(signal.SIGTERM)
+
+    monkeypatch.setattr(train.Run, "step", step)
+
+
+def test_a_run_leaves_what_it_promises(whole):
+    names = {"config.yaml", "metrics.jsonl", "loss.png", "samples.txt", "tokenizer.model", "checkpoints"}
+    assert names <= {p.name for p in whole.iterdir()}
+    got = rows(whole)
+    assert [r["step"] for r in got if "loss" in r] == [1, 2, 3, 4, 5, 6]
+    assert [r["step"] for r in got if "val_loss" in r] == [0, 3, 6]
+    assert [r["tokens"] for r in got if "loss" in r] == [256 * s for s in range(1, 7)]
+    assert got[-1]["val_loss"] < got[0]["val_loss"] - 0.05
+    path = checkpoint.latest(whole)
+    assert path.name == "step_00000006"
+    assert json.loads((path / "config.json").read_text())["hidden_size"] == 32
+    assert "=== step 6" in (whole / "samples.txt").read_text()
+
+
+@pytest.mark.parametrize(("stop", "workers"), [(1, 0), (2, 0), (3, 0), (4, 0), (5, 0), (2, 2)])
+def test_stopped_anywhere_and_resumed_equals_uninterrupted(whole, command, tmp_path, monkeypatch, stop, workers):
+    args = command(tmp_path, f"data.workers={workers}")
+    with monkeypatch.context() as patch:
+        stop_after(patch, stop)
+        assert train.main(args) == 0
+    assert checkpoint.latest(tmp_path / "r").name == f"step_{stop:08d}"
+    assert train.main(args) == 0
+    assert result(tmp_path / "r") == result(whole)
+    assert rows(tmp_path / "r") == rows(whole)
+
+
+def test_stopped_after_every_step(whole, command, tmp_path, monkeypatch):
+    """Resuming many times is no different from resuming once; old saves are pruned."""
+    for _ in range(6):
+        with monkeypatch.context() as patch:
+            stop_after(patch, 1)
+            assert train.main(command(tmp_path)) == 0
+    assert result(tmp_path / "r") == result(whole)
+    assert rows(tmp_path / "r") == rows(whole)
+    assert len(checkpoint.complete(tmp_path / "r")) == 2
+
+
+def test_a_finished_run_says_so(whole, command, capfd):
+    before = (whole / "metrics.jsonl").read_bytes()
+    assert train.main(command(whole.parent)) == 0
+    assert "is finished" in capfd.readouterr().err
+    assert (whole / "metrics.jsonl").read_bytes() == before
+
+
+def test_a_longer_run_goes_on_and_says_what_changed(whole, command, tmp_path, capfd):
+    import shutil
+
+    shutil.copytree(whole, tmp_path / "r")
+    assert train.main(command(tmp_path, "steps=8")) == 0
+    assert "steps=8: was 6" in capfd.readouterr().err
+    assert [r["step"] for r in rows(tmp_path / "r") if "loss" in r] == list(range(1, 9))
+
+
+@pytest.mark.parametrize(
+    "change", ["seq_len=16", "seed=1", "model.hidden_size=64", "data.packing=paper", "optim.beta2=0.95", "tokens_per_step=512"]
+)
+def test_a_change_that_cannot_be_gone_on_with_is_refused(whole, command, capfd, change):
+    before = (whole / "config.yaml").read_bytes()
+    assert train.main(command(whole.parent, "steps=8", change)) == 2
+    message = capfd.readouterr().err
+    assert change in message and "run.name" in message and "Traceback" not in message
+    assert (whole / "config.yaml").read_bytes() == before
+
+
+def torchrun(n, args):
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(n), "--standalone", "train.py"]
+    return subprocess.run(
+        [*command, *args], cwd=ROOT, env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=300
+    )
+
+
+def test_one_rank_then_two_then_one(whole, command, tmp_path):
+    """The same tokens in the same order as one process that never stopped."""
+    assert train.main(command(tmp_path, "steps=2")) == 0
+    two = torchrun(2, command(tmp_path, "steps=4"))
+    assert two.returncode == 0, two.stderr
+    assert "2 x CPU" in two.stderr and "going on from step 2" in two.stderr
+    assert checkpoint.latest(tmp_path / "r").name == "step_00000004"
+    assert train.main(command(tmp_path)) == 0
+    ours, want = result(tmp_path / "r"), result(whole)
+    for key in ("stream", "data", "tokens"):
+        assert ours[key] == want[key]
+    assert [r["step"] for r in rows(tmp_path / "r") if "loss" in r] == [1, 2, 3, 4, 5, 6]
+
+
+def test_two_ranks_equal_one(whole, command, tmp_path):
+    """Evaluation to 1e-6, losses and gradient norms to fp32 rounding; rank 0 alone writes."""
+    two = torchrun(2, command(tmp_path))
+    assert two.returncode == 0, two.stderr
+    assert result(tmp_path / "r")["stream"] == result(whole)["stream"]
+    for a, b in zip(rows(tmp_path / "r"), rows(whole), strict=True):
+        assert a.keys() == b.keys() and a["step"] == b["step"]
+        for key in ("loss", "grad_norm", "val_loss", "val_bpb"):
+            if key in a:
+                assert a[key] == pytest.approx(b[key], rel=1e-6 if a["step"] == 0 else 1e-5), (a, b)
+
+
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGUSR1"])
+def test_a_real_signal_saves_and_exits_0(command, tmp_path, name):
+    args = command(tmp_path, "steps=100000", "eval_every=100000", "save_every=100000")
+    process = subprocess.Popen(
+        [sys.executable, "train.py", *args], cwd=ROOT, stderr=subprocess.PIPE, text=True, env=os.environ
+    )
+    deadline = time.monotonic() + 120
+    while len(metrics.read(tmp_path / "r/metrics.jsonl")) < 5 and time.monotonic() < deadline:
+        time.sleep(0.1)
+    process.send_signal(getattr(signal, name))
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 0, err
+    assert name in err and "goes on from there" in err
+    path = checkpoint.latest(tmp_path / "r")
+    assert path is not None and checkpoint.read_state(path)["step"] == rows(tmp_path / "r")[-1]["step"]
+
+
+def test_non_finite_gradients_never_reach_the_weights_and_end_the_run(command, tmp_path, monkeypatch, capfd):
+    real = train.Run.step
+
+    def poisoned(self, step, batch, valid):
+        if step >= 3:
+            for p in self.model.parameters():
+                p.register_hook(lambda g: g * float("inf"))
+        real(self, step, batch, valid)
+
+    monkeypatch.setattr(train.Run, "step", poisoned)
+    monkeypatch.setattr(metrics.Metrics, "due", lambda self: True)
+    assert train.main(command(tmp_path, "steps=40", "save_every=2", "eval_every=40")) == 3
+    message = capfd.readouterr().err
+    assert "non-finite" in message and "stopped" in message
+    path = checkpoint.latest(tmp_path / "r")
+    weights = load_file(path / "model.safetensors")
+    assert all(torch.isfinite(w).all() for w in weights.values())
+    after = checkpoint.complete(tmp_path / "r")
+    assert result(tmp_path / "r")["step"] >= 10 and len(after) == 2
+
+
+def test_unreachable_ranks_and_bad_splits_are_one_line(command, tmp_path, capfd, monkeypatch):
+    assert train.main(command(tmp_path, "tokens_per_step=250")) == 2
+    assert "tokens_per_step=250" in capfd.readouterr().err
+    assert not (tmp_path / "r").exists()
+
+
+def test_vocabulary_larger_than_the_model_is_refused(whole, command, tmp_path, capfd):
+    args = command(tmp_path, f"data.tokenizer={whole}/tokenizer.model", "model.vocab_size=300")
+    assert train.main(args) == 2
+    message = capfd.readouterr().err
+    assert "data.tokenizer" in message and "300" in message and "384" in message
+
+
+def test_init_from_takes_weights_and_shapes(whole, command, tmp_path):
+    source = checkpoint.latest(whole)
+    args = [a for a in command(tmp_path, "steps=1", "optim.lr=1e-12") if not a.startswith("model")]
+    args += [f"model.init_from={source}", f"data.tokenizer={whole}/tokenizer.model"]
+    assert train.main(args) == 0
+    assert rows(tmp_path / "r")[0]["val_loss"] == pytest.approx(rows(whole)[-1]["val_loss"], rel=1e-6)

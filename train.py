@@ -1,0 +1,327 @@
+"""Trains a LLaMA. Read top to bottom: `Run` builds everything once, `Run.step` is a training step, `Run.loop` the rest.
+
+    python train.py experiment=quickstart                     a laptop, under three minutes
+    python train.py model=llama_60m data=c4                   one GPU
+    torchrun --nproc-per-node 8 train.py model=llama_1b       eight
+
+The same command goes on where a stopped run was saved. `python train.py --help` lists the settings.
+Exit codes: 0 done, or saved on a signal; 2 bad configuration; 3 training stopped; 4 out of memory.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import signal
+import sys
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import torch
+
+import data
+import optim
+from configs.cli import answer, parse
+from configs.schema import Config, ConfigError, to_yaml
+from llama import checkpoint, metrics, pretrained
+from llama.card import peak_flops
+from llama.config import flops_per_token, num_params
+from llama.eval import evaluate
+from llama.generate import generate
+from llama.model import build_model, compile_blocks
+from optim import Comm
+
+log = logging.getLogger("subspan")
+PROMPTS = ("The ", "In the year", "It is")
+SKIPPED_IN_A_ROW = 10  # steps in a row with a non-finite gradient before the run stops
+
+# Settings that may differ from those of the save that a run goes on from; any other change is refused.
+MAY_CHANGE = (
+    *("steps", "eval_every", "save_every", "keep_last", "log", "compile", "micro_batch", "run.", "data.workers"),
+    *("data.cache", "data.validation", "optim.lr", "optim.warmup", "optim.schedule", "optim.min_lr_ratio", "optim.clip"),
+)
+
+
+class Stopped(RuntimeError):
+    """Training cannot go on: exit code 3."""
+
+
+class Run:
+    """Everything one training run holds."""
+
+    def __init__(self, cfg: Config, comm: Comm, folder: Path, source: Path | None) -> None:
+        self.cfg, self.comm, self.folder, self.source = cfg, comm, folder, source
+        cuda = comm.device.type == "cuda"
+        self.dtype = torch.bfloat16 if (cfg.weights or ("bf16" if cuda else "fp32")) == "bf16" else torch.float32
+        self.dataset = comm.node_first(
+            lambda: data.build(cfg.data, vocab_size=cfg.model.vocab_size, seq_len=cfg.seq_len, seed=cfg.seed)
+        )
+        self.held_out = comm.node_first(self.dataset.validation)
+        self.model = build_model(cfg.model, comm.device, self.dtype, cfg.seed)
+        if cfg.model.init_from and not source:
+            pretrained.load_weights(self.model, Path(cfg.model.init_from))
+        self.opt = optim.attach(
+            self.model,
+            cfg.optim.name,
+            accum_steps=cfg.accumulation(comm.world),
+            group=comm.group,
+            reduce="sum" if comm.group else None,
+            **{k: v for k, v in vars(cfg.optim).items() if k != "name"},
+        )
+        saved = self.restore(source) if source else {}
+        self.start = saved.get("step", 0)
+        self.position: dict[str, Any] | None = saved.get("data")
+        self.stream: str = saved.get("stream", "")  # running hash of every token trained on, over all ranks
+        if cfg.compile == "auto" and cuda:
+            compile_blocks(self.model)
+        rows = cfg.tokens_per_step // cfg.seq_len
+        self.loader = self.dataset.loader(rows, comm.rank, comm.world, state=self.position, pin=cuda)
+        self.book: metrics.Metrics | None = None
+        if comm.rank == 0:
+            self.announce()
+            self.dataset.tokenizer.save(folder / "tokenizer.model")
+            flops, self.mfu_source = peak_flops(comm.device, torch.bfloat16 if cuda else torch.float32)
+            self.book = metrics.Metrics(
+                folder,
+                start=self.start,
+                steps=cfg.steps,
+                flops_per_token=flops_per_token(cfg.model, cfg.seq_len),
+                peak_flops=flops * comm.world,
+                device=comm.device,
+                sinks=metrics.open_sinks(cfg.log, folder, cfg.as_dict()),
+            )
+
+    def step(self, step: int, batch: data.Batch, valid: int) -> None:
+        """One update: `valid` is the number of targets over all micro-batches and ranks, so that the sum of the
+        micro-batches' losses is the mean over tokens whatever their lengths."""
+        lr = self.set_lr(step)
+        total = torch.zeros((), dtype=torch.float32, device=self.comm.device)
+        for x, y in zip(batch.x.split(self.cfg.micro_batch), batch.y.split(self.cfg.micro_batch), strict=True):
+            x, y = (t.to(self.comm.device, non_blocking=True) for t in (x, y))
+            with self.precision():
+                loss = self.model(x, y) / valid
+            loss.backward()
+            total += loss.detach()
+        self.opt.step()
+        self.opt.zero_grad()
+        self.position = batch.state
+        self.comm.sum_(total)
+        if self.book:
+            self.book.step(step, lr, self.cfg.tokens_per_step, {"loss": total, **self.opt.stats})
+
+    def precision(self) -> AbstractContextManager[Any]:
+        """fp32 weights on a GPU: matrix products still run in bf16."""
+        mixed = self.comm.device.type == "cuda" and self.dtype == torch.float32
+        return torch.autocast("cuda", torch.bfloat16) if mixed else nullcontext()
+
+    def set_lr(self, step: int) -> float:
+        o = self.cfg.optim
+        lr = o.lr * optim.factor(
+            step, self.cfg.steps, schedule=o.schedule, warmup=o.warmup, min_lr_ratio=o.min_lr_ratio
+        )
+        for group in self.opt.param_groups:
+            group["lr"] = lr
+        return lr
+
+    def loop(self) -> None:
+        cfg, stop, failed, saved = self.cfg, Signals(), False, self.start
+        if self.start == 0:
+            self.evaluate(0)
+        for step in range(self.start + 1, cfg.steps + 1):
+            batch = next(self.loader)
+            valid, digest, asked, broken = self.comm.sums(batch.valid, batch.digest, stop.asked, failed)
+            if broken:
+                raise Stopped(
+                    f"{SKIPPED_IN_A_ROW} steps in a row had non-finite gradients and were skipped (last step {step - 1}); "
+                    f"the newest save is step {saved}. Try a lower optim.lr, or optim.clip=1"
+                )
+            if asked:
+                if saved < step - 1:
+                    self.save(step - 1)
+                log.info("%s: saved at step %d; the same command goes on from there", stop.name, step - 1)
+                return
+            self.step(step, batch, max(1, valid))
+            self.stream = hashlib.sha256(f"{self.stream}{digest}".encode()).hexdigest()
+            last = step == cfg.steps
+            if self.book and (self.book.due() or last):
+                failed = any(row["skipped_in_a_row"] >= SKIPPED_IN_A_ROW for row in self.book.flush())
+            if step % cfg.eval_every == 0 or last:
+                self.evaluate(step)
+            if step % cfg.save_every == 0 or last:
+                self.save(step)
+                saved = step
+
+    def evaluate(self, step: int) -> None:
+        comm = self.comm
+        with self.precision():
+            values = evaluate(
+                self.model,
+                self.held_out,
+                self.cfg.micro_batch,
+                rank=comm.rank,
+                world=comm.world,
+                all_sum=comm.sum_,
+                device=comm.device,
+            )
+        if self.book:
+            self.book.evaluation(step, values)
+            write_samples(self.folder, step, self.model, self.dataset.tokenizer)
+            metrics.draw(self.folder)
+            self.book.resume_clock()
+            if step == self.cfg.steps:
+                self.book.line.print(
+                    f"validation perplexity {values['val_ppl']:.2f}; a unigram model of the same tokens"
+                    f" has {self.held_out.unigram_ppl:.2f}\nin {self.folder}: loss.png samples.txt metrics.jsonl"
+                )
+
+    def save(self, step: int) -> None:
+        if self.book:
+            self.book.sync()
+            checkpoint.save(
+                self.folder,
+                step,
+                self.model,
+                self.opt.state_dict()["state"],
+                {"data": self.position, "stream": self.stream, "tokens": self.book.tokens, "config": self.cfg.as_dict()},
+                keep_last=self.cfg.keep_last,
+                write_config=self.write_config,
+            )
+            self.book.resume_clock()
+        self.comm.sums(0)  # nobody leaves or goes on before the save is on disk
+
+    def write_config(self, to: Path) -> None:
+        t = self.dataset.tokenizer
+        pretrained.write_config(
+            self.cfg.model, to, dtype=self.dtype, eos_token_id=t.eos_id, pad_token_id=t.pad_id, seq_len=self.cfg.seq_len
+        )
+
+    def restore(self, source: Path) -> dict[str, Any]:
+        pretrained.load_weights(self.model, source)
+        self.opt.load_state_dict({"state": checkpoint.load_optim(source, self.comm.device)})
+        return checkpoint.read_state(source)
+
+    def announce(self) -> None:
+        cfg, comm = self.cfg, self.comm
+        card = torch.cuda.get_device_name(comm.device) if comm.device.type == "cuda" else "CPU"
+        k = cfg.accumulation(comm.world)
+        log.info("run       %s%s", self.folder, f", going on from step {self.start}" if self.start else "")
+        log.info("device    %d x %s, weights %s", comm.world, card, str(self.dtype).removeprefix("torch."))
+        log.info("model     %s parameters, vocabulary %d", f"{num_params(cfg.model):,}", cfg.model.vocab_size)
+        log.info(
+            "data      %s, %s packing, %d validation tokens", cfg.data.name, cfg.data.packing, self.held_out.tokens
+        )
+        log.info(
+            "step      %d tokens = %d rank(s) x %d micro-batch(es) x %d x %d; %d steps",
+            *(cfg.tokens_per_step, comm.world, k, cfg.micro_batch, cfg.seq_len, cfg.steps),
+        )
+        log.info("%s", self.opt.table())
+        if cfg.compile == "auto" and comm.device.type == "cuda":
+            log.info("compiling the model's blocks: the first step takes about a minute")
+
+    def close(self) -> None:
+        self.loader.close()
+        if self.book:
+            self.book.close()
+
+
+class Signals:
+    """SIGTERM and SIGUSR1 ask for a save and a clean end at the next step; so does Ctrl-C, a second one kills."""
+
+    def __init__(self) -> None:
+        self.asked, self.name = False, "stopped"
+        for s in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
+            signal.signal(s, self.note)
+
+    def note(self, number: int, frame: FrameType | None) -> None:
+        self.asked, self.name = True, signal.Signals(number).name
+        if number == signal.SIGINT:
+            signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
+def write_samples(folder: Path, step: int, model: torch.nn.Module, tokenizer: data.Tokenizer) -> None:
+    """Replaces samples.txt by what the model writes now, older ones below."""
+    path = folder / "samples.txt"
+    before = path.read_text(encoding="utf-8") if path.exists() and step else ""
+    texts = [f"[{p}]{generate(model, tokenizer, p, tokens=60, seed=n)[len(p):]}" for n, p in enumerate(PROMPTS)]
+    path.write_text(f"=== step {step}\n" + "\n---\n".join(texts) + "\n\n" + before, encoding="utf-8")
+
+
+def prepare(cfg: Config) -> tuple[Path, Path | None]:
+    """Rank 0: the run folder and the save to go on from. ConfigError if its settings cannot be gone on with."""
+    folder = Path(cfg.run.dir) / str(cfg.run.name)
+    folder.mkdir(parents=True, exist_ok=True)
+    source = checkpoint.latest(folder)
+    if source:
+        changes = differences(checkpoint.read_state(source)["config"], cfg.as_dict())
+        refused = [c for c in changes if not c.startswith(MAY_CHANGE)]
+        if refused:
+            raise ConfigError(
+                [f"{c}; {source} was trained with the former: set it back, or run.name=NEW" for c in refused]
+            )
+        for change in changes:
+            log.info("changed   %s", change)
+    (folder / "config.yaml").write_text(to_yaml(cfg), encoding="utf-8")
+    return folder, source
+
+
+def differences(before: dict[str, Any], now: dict[str, Any], prefix: str = "") -> list[str]:
+    """Changed settings as `key=now: was before`."""
+    found = []
+    for key in sorted({*before, *now}):
+        a, b = before.get(key), now.get(key)
+        if isinstance(a, dict) and isinstance(b, dict):
+            found += differences(a, b, f"{prefix}{key}.")
+        elif a != b:
+            found.append(f"{prefix}{key}={b}: was {a}")
+    return found
+
+
+def train(cfg: Config, comm: Comm) -> None:
+    folder, source = comm.first(lambda: prepare(cfg))
+    if source and checkpoint.read_state(source)["step"] >= cfg.steps:
+        log.info("%s is finished: it has its %d steps", folder, cfg.steps)
+        return
+    run = Run(cfg, comm, folder, source)
+    try:
+        run.loop()
+    finally:
+        run.close()
+
+
+def main(argv: list[str]) -> int:
+    logging.basicConfig(format="%(message)s", level=logging.INFO, force=True)
+    comm = None
+    try:
+        text = answer(argv)  # --help, --cfg
+        if text is not None:
+            print(text)
+            return 0
+        cfg = parse(argv)
+        if cfg.model.init_from:
+            cfg.model = replace(pretrained.load_config(cfg.model.init_from), init_from=cfg.model.init_from)
+        cfg = cfg.resolved()
+        comm = Comm.from_env()
+        cfg.accumulation(comm.world)
+        if comm.rank:
+            log.setLevel(logging.ERROR)
+        train(cfg, comm)
+    except (ConfigError, data.DataError, pretrained.FolderError) as e:
+        print(e, file=sys.stderr)
+        return 2
+    except (Stopped, data.DamageLimit) as e:
+        print(f"stopped: {e}", file=sys.stderr)
+        return 3
+    except torch.OutOfMemoryError as e:
+        print(f"out of memory: {str(e).splitlines()[0]}\ntry a smaller micro_batch", file=sys.stderr)
+        return 4
+    finally:
+        if comm:
+            comm.close()
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
