@@ -1,4 +1,4 @@
-"""What only a GPU runs: bf16 products summed in fp32, compiled softmax and blocks, no host synchronisation."""
+"""What only a GPU runs: bf16 products summed in fp32, compiled softmax and blocks, no synchronisation."""
 
 import pytest
 import torch
