@@ -151,6 +151,11 @@ def test_the_state_is_small_and_names_what_it_refers_to(datasets, folder):
         dataset(folder, seed=6).loader(6, state=state)
 
 
+def test_a_negative_seed_is_refused(folder):
+    with pytest.raises(DataError, match="seed=-1: "):
+        dataset(folder, seed=-1)
+
+
 def test_rows_must_divide_among_the_ranks(datasets):
     with pytest.raises(ValueError, match="rows=7 .* 2 ranks"):
         datasets["dense"].loader(7, world=2)

@@ -114,6 +114,11 @@ def test_a_file_of_ones_own(files, trained):
             data(files, tokenizer=str(files / "bad.model"))
 
 
+def test_a_cache_that_cannot_be_written(files):
+    with pytest.raises(DataError, match="data.cache=.*/v.txt: a tokenizer cannot be kept there"):
+        data(files, cache="v.txt")
+
+
 def model(**settings):
     out = io.BytesIO()
     SentencePieceTrainer.train(
