@@ -90,7 +90,7 @@ def test_only_the_beginning_of_the_text_is_used(files, tmp_path, monkeypatch):
 
 
 def test_long_lines_are_trained_on(tmp_path):
-    (tmp_path / "t.txt").write_text(" ".join(TEXT.split()))  # one line past SentencePiece's limit
+    (tmp_path / "t.txt").write_text(" ".join(TEXT.split()) * 3)  # one line past SentencePiece's limit
     assert Tokenizer(tokenizer.trained(Source([str(tmp_path / "t.txt")]), 330, tmp_path)).vocab_size == 330
 
 
