@@ -195,7 +195,8 @@ def test_damage_leaves_exactly_the_tokens_of_the_good_documents(tmp_path, case, 
     with caplog.at_level(logging.WARNING, "subspan"):
         x, state, damaged = rows(bad, model, validation)
     assert np.array_equal(x, rows(clean, model, validation)[0])
-    assert read(bad / name)[1].damaged == 1  # one place is counted once
+    texts, damage = read(bad / name)
+    assert texts == good and damage.damaged == 1  # one place is counted once
     assert damaged >= 1 and place in caplog.text and name in caplog.text
     again = rows(bad, model, validation, state, 3)[0]
     assert np.array_equal(again, x[8 * 5 : 8 * 8])  # the damage does not shift a position either
