@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import safe_open
@@ -159,7 +160,7 @@ def stored_tensors(files: list[Path]) -> dict[str, tuple[Path, tuple[int, ...]]]
     return found
 
 
-def open_file(path: Path):
+def open_file(path: Path) -> Any:
     try:
         return safe_open(path, framework="pt")
     except Exception as error:  # the library's own type for a damaged header
