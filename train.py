@@ -12,10 +12,11 @@ from __future__ import annotations
 
 import hashlib
 import logging
+import shutil
 import signal
 import sys
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -82,7 +83,7 @@ class Run:
         self.book: metrics.Metrics | None = None
         if comm.rank == 0:
             self.announce()
-            self.dataset.tokenizer.save(folder / "tokenizer.model")
+            shutil.copyfile(self.dataset.tokenizer.path, folder / "tokenizer.model")
             flops, self.mfu_source = peak_flops(comm.device, torch.bfloat16 if cuda else torch.float32)
             self.book = metrics.Metrics(
                 folder,
@@ -91,7 +92,7 @@ class Run:
                 flops_per_token=flops_per_token(cfg.model, cfg.seq_len),
                 peak_flops=flops * comm.world,
                 device=comm.device,
-                sinks=metrics.open_sinks(cfg.log, folder, cfg.as_dict()),
+                sinks=metrics.open_sinks([cfg.log] if isinstance(cfg.log, str) else cfg.log, folder, asdict(cfg)),
             )
 
     def step(self, step: int, batch: data.Batch, valid: int) -> None:
@@ -185,7 +186,7 @@ class Run:
                 step,
                 self.model,
                 self.opt.state_dict()["state"],
-                {"data": self.position, "stream": self.stream, "tokens": self.book.tokens, "config": self.cfg.as_dict()},
+                {"data": self.position, "stream": self.stream, "tokens": self.book.tokens, "config": asdict(self.cfg)},
                 keep_last=self.cfg.keep_last,
                 write_config=self.write_config,
             )
@@ -255,7 +256,7 @@ def prepare(cfg: Config) -> tuple[Path, Path | None]:
     folder.mkdir(parents=True, exist_ok=True)
     source = checkpoint.latest(folder)
     if source:
-        changes = differences(checkpoint.read_state(source)["config"], cfg.as_dict())
+        changes = differences(checkpoint.read_state(source)["config"], asdict(cfg))
         refused = [c for c in changes if not c.startswith(MAY_CHANGE)]
         if refused:
             raise ConfigError(

@@ -29,22 +29,27 @@ NAMED_DAMAGE = 20  # places logged one by one; after that only counts
 
 @dataclass
 class Damage:
-    """Counts of documents read and of damaged input skipped; raises DamageLimit past the limit."""
+    """Documents read and places of damaged input skipped in this epoch; raises DamageLimit past the limit.
+
+    Each epoch is judged by itself: going over the same places again is no new damage.
+    """
 
     documents: int = 0
     damaged: int = 0
     quiet: bool = False
+    skipped: int = 0  # places over all epochs that this object has seen
     places: list[str] = field(default_factory=list)  # the last few
 
     def report(self, file: str, line: int, reason: str) -> None:
         """`line` counts from 1: a line, a row or an item of the file; 0: the file as a whole."""
         self.damaged += 1
+        self.skipped += 1
         place = f"{file}:{line}" if line else file
         self.places = [*self.places[-4:], f"{place} ({reason})"]
-        if not self.quiet and self.damaged <= NAMED_DAMAGE:
+        if not self.quiet and self.skipped <= NAMED_DAMAGE:
             log.warning("skipped damaged input at %s: %s", place, reason)
-        elif not self.quiet and self.damaged % 100 == 0:
-            log.warning("skipped damaged input at %d places so far, last at %s", self.damaged, place)
+        elif not self.quiet and self.skipped % 100 == 0:
+            log.warning("skipped damaged input at %d places so far, last at %s", self.skipped, place)
         if self.damaged > max(DAMAGE_MIN, DAMAGE_SHARE * self.documents):
             raise DamageLimit(
                 f"{self.damaged} damaged places beside {self.documents} good documents, more than "

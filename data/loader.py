@@ -10,6 +10,7 @@ import logging
 import os
 import queue
 import threading
+import zlib
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -39,6 +40,7 @@ class Batch:
     y: Tensor  # (rows, seq_len) int64: the next token, IGNORE where none is scored
     state: dict[str, Any]  # the position after this batch over all ranks; JSON
     valid: int  # targets here that are scored
+    digest: int  # sum over the rows of CRC-32(x, place in the step): adds up over ranks to one number for a step
 
 
 @dataclass
@@ -292,8 +294,8 @@ class Loader:
 
     @property
     def damaged(self) -> int:
-        """Places of damaged input skipped since the start of the run, what was read ahead included."""
-        return self._stream.damage.damaged
+        """Places of damaged input that this loader skipped, what it read ahead included."""
+        return self._stream.damage.skipped
 
     def __iter__(self) -> Loader:
         return self
@@ -332,7 +334,8 @@ class Loader:
     def _batch(self) -> Batch:
         x, y, state = self._stream.take(*self._share)
         state["of"] = self._identity
-        return Batch(self._tensor(x), self._tensor(y), state, valid=int((y != IGNORE).sum()))
+        digest = sum(zlib.crc32(row.tobytes(), place) for place, row in enumerate(x, self._share[1]))
+        return Batch(self._tensor(x), self._tensor(y), state, int((y != IGNORE).sum()), digest)
 
     def _tensor(self, rows: np.ndarray) -> Tensor:
         tensor = torch.from_numpy(np.ascontiguousarray(rows))

@@ -3,9 +3,10 @@
     python -m data.prepare data=local data.train='text/*.jsonl' data.validation=held_out.jsonl out=FOLDER
     python train.py data=tokens data.train=FOLDER
 
-Also data=c4 and data=sample; data.tokenizer, data.workers, data.cache and data.path as in train.py. vocab_size (32000)
-is the model's: the size of a tokenizer that is trained, the limit of any other. Documents keep the files' order; the
-shuffle is made when the shards are read. meta.json is written last, so a folder that has it is complete.
+Also data=c4 and data=sample; data.tokenizer, data.workers, data.cache and data.path as in train.py.
+vocab_size (32000) is the model's: the size of a tokenizer that is trained, the limit of any other.
+Documents keep the files' order; the shuffle is made when the shards are read. meta.json is written last: a
+folder that has it is complete.
 """
 
 from __future__ import annotations
@@ -31,11 +32,11 @@ from .worker import Pool
 
 SHARD_TOKENS = 100_000_000
 KEYS = ("train", "validation", "tokenizer", "workers", "cache", "path")
-USAGE = "python -m data.prepare data=local data.train=GLOB data.validation=GLOB out=FOLDER [vocab_size=32000]"
+USAGE = "python -m data.prepare data=local data.train=GLOB data.validation=GLOB out=FOLDER"
 
 
 def prepare(cfg: DataConfig, out: Path, vocab_size: int, seed: int = 0) -> dict[str, Any]:
-    """Write both splits to the folder `out`, new or left unfinished; returns what meta.json holds. DataError."""
+    """Write both splits to the folder `out`, new or unfinished; returns meta.json's content. DataError."""
     problems = cfg.problems()
     if cfg.name == "tokens":
         problems = ["data=tokens: is what this command writes; read text with data=local, c4 or sample"]
@@ -69,7 +70,7 @@ def _meta(
         "vocab_size": tokenizer.vocab_size,
         "eos_id": tokenizer.eos_id,
         "tokenizer_sha256": tokenizer.sha256,
-        "documents_damaged": damage.damaged,
+        "documents_damaged": damage.skipped,
         "splits": splits,
     }
 
@@ -97,22 +98,22 @@ def _write_split(
     size = 0
     progress = _Progress(split, damage)
     for _, tokens in encoded(chunked(source.documents(damage)), pool):
-        held.append(tokens)
+        held.append(tokens.astype(dtype))
         size += len(tokens)
         progress.add(len(tokens))
         if size >= SHARD_TOKENS:
-            shards.append(_write_shard(out, f"{split}_{len(shards):05d}", held, dtype))
+            shards.append(_write_shard(out, f"{split}_{len(shards):05d}", held))
             held, size = [], 0
     if held:
-        shards.append(_write_shard(out, f"{split}_{len(shards):05d}", held, dtype))
+        shards.append(_write_shard(out, f"{split}_{len(shards):05d}", held))
     progress.end()
     if not shards:
         raise DataError(f"data.{split}: its files hold no text; name other files")
     return shards
 
 
-def _write_shard(out: Path, name: str, held: list[np.ndarray], dtype: np.dtype[Any]) -> dict[str, Any]:
-    tokens = np.concatenate(held).astype(dtype)
+def _write_shard(out: Path, name: str, held: list[np.ndarray]) -> dict[str, Any]:
+    tokens = np.concatenate(held)
     ends = np.cumsum([len(d) for d in held]).astype("<u8")
     shard: dict[str, Any] = {"name": name, "tokens": len(tokens), "documents": len(ends)}
     for ending, array in ((".bin", tokens), (".idx", ends)):
@@ -142,7 +143,7 @@ class _Progress:
 
     def _text(self) -> str:
         rate = self.tokens / max(time.monotonic() - self.start, 1e-3)
-        lost = f", {self.damage.damaged} damaged" if self.damage.damaged else ""
+        lost = f", {self.damage.skipped} damaged" if self.damage.skipped else ""
         return f"{self.split}: {self.tokens / 1e6:.1f} M tokens, {rate / 1e6:.2f} M tokens/s{lost}"
 
 
@@ -199,6 +200,9 @@ def main(argv: list[str]) -> int:
     except DamageLimit as error:
         print(error, file=sys.stderr)
         return 3
+    except KeyboardInterrupt:
+        print("interrupted; the folder is not complete", file=sys.stderr)
+        return 130
     except OSError as error:
         print(f"out={error.filename}: {error.strerror}", file=sys.stderr)
         return 2

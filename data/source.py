@@ -1,8 +1,9 @@
 """Which files a source reads, and the order of their documents.
 
 Epoch e goes through the files in an order drawn from (seed, e). Consecutive documents form blocks, across
-files, so that small files mix; each block is permuted by (seed, e, block). So the order is a pure function of the
-position: nothing is buffered that a resumed run could not read again, and it reads again at most one block.
+files, so that small files mix; each block is permuted by (seed, e, block). So the order is a pure function
+of the position: nothing is buffered that a resumed run could not read again, and it reads again at most one
+block.
 """
 
 from __future__ import annotations
@@ -36,8 +37,8 @@ class Cursor:
     file: int = 0
     record: int = 0
     block: int = 0  # blocks of this epoch so far
-    documents: int = 0  # good ones read since the start of the run
-    damaged: int = 0
+    documents: int = 0  # good ones read in this epoch so far
+    damaged: int = 0  # places skipped in this epoch so far
 
 
 class Source:
@@ -62,8 +63,8 @@ class Source:
 
     def blocks(self, at: Cursor, damage: Damage) -> Iterator[tuple[Cursor, list[str]]]:
         """Shuffled blocks from `at` on, without end; DamageLimit where a whole epoch has no document."""
-        damage.documents, damage.damaged = at.documents, at.damaged
         while True:
+            damage.documents, damage.damaged = at.documents, at.damaged
             order = self._order(at.epoch)
             whole, some = at.file == at.record == 0, False
             texts: list[str] = []
@@ -80,7 +81,7 @@ class Source:
                 yield at, self._shuffled(texts, at)
             elif whole and not some:
                 raise DamageLimit(f"no readable document in {len(order)} files, {order[0]} the first")
-            at = Cursor(at.epoch + 1, documents=damage.documents, damaged=damage.damaged)
+            at = Cursor(at.epoch + 1)
 
     def _order(self, epoch: int) -> list[str]:
         """Drawn by name, so that a file that goes or comes leaves the order of the others."""
