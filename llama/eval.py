@@ -121,7 +121,7 @@ def main(argv: list[str] | None = None) -> int:
         return 2
     unigram = "perplexity of the same tokens from their frequencies alone"
     print(f"model          {folder}")
-    print(f"tokens         {evalset.tokens:,}")
+    print(f"tokens         {evalset.tokens:,} in rows of {cfg.seq_len}")
     print(f"val loss       {result['val_loss']:.6f} nats a token")
     print(f"perplexity     {result['val_ppl']:.4f}")
     print(f"unigram        {evalset.unigram_ppl:.4f} {unigram}")

@@ -13,6 +13,7 @@ import torch.nn.functional as F
 
 import data
 from configs import cli, schema
+from data.prepare import prepare
 from llama import checkpoint
 from llama import eval as evaluation
 from llama.eval import evaluate
@@ -210,6 +211,21 @@ def test_command_answers_mistakes_with_one_line(written, capsys, arguments, word
     assert evaluation.main([str(written.run) if a == "RUN" else a for a in arguments]) == 2
     printed = capsys.readouterr()
     assert words in printed.err and printed.err.count("\n") == 1 and not printed.out
+
+
+def test_command_reads_tokens_of_the_same_tokenizer_only(written, model, tmp_path, capsys):
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(TEXTS * 5), model_prefix=str(tmp_path / "another"), model_type="bpe",
+        vocab_size=296, byte_fallback=True, hard_vocab_limit=False, minloglevel=2, pad_id=3,
+    )  # fmt: skip
+    files = {"train": f"{written.root}/train.jsonl", "validation": f"{written.root}/other.jsonl"}
+    for name, tokenizer in (("same", written.run / "tokenizer.model"), ("other", tmp_path / "another.model")):
+        prepare(data.DataConfig("local", **files, tokenizer=str(tokenizer), workers=0), tmp_path / name, 300)
+    assert evaluation.main([str(written.run), "data=tokens", f"data.train={tmp_path}/same"]) == 0
+    loss = shown(capsys.readouterr().out, "val loss")
+    assert loss == pytest.approx(expected_nats(model, written, "other"), rel=1e-6)
+    assert evaluation.main([str(written.run), "data=tokens", f"data.train={tmp_path}/other"]) == 2
+    assert "made with another tokenizer" in capsys.readouterr().err
 
 
 def test_command_without_a_checkpoint(tmp_path, capsys):

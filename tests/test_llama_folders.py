@@ -1,6 +1,7 @@
 """Model folders: exported, loaded by transformers, and back, bit for bit; text from a run; mistakes."""
 
 import json
+import random
 import shutil
 import sys
 from functools import partial
@@ -103,12 +104,16 @@ def test_exported_tokenizer_gives_the_same_ids(make_run, tokenizer_file):
     made = make_run(shape())
     assert exporting.main([str(made.run), str(made.out)]) == 0
     ours, theirs = Tokenizer(tokenizer_file), transformers.AutoTokenizer.from_pretrained(made.out)
-    for text in (exporting.TEXT, "lazy  dogs jumps\nover 1984", ""):
+    fragments = "".join(
+        random.Random(0).choices(["qui", "row", "ov", "nai", "azy", "dog", "er ", "ck", "n"], k=400)
+    )
+    for text in (exporting.TEXT, "lazy  dogs jumps\nover 1984", fragments, ""):
         ids = ours.encode(text)
         assert theirs.encode(text, add_special_tokens=False) == ids
         assert theirs.decode(ids) == ours.decode(ids)
     assert theirs.eos_token_id == 1 and theirs.pad_token_id == 0
     assert (made.out / "tokenizer.model").read_bytes() == tokenizer_file.read_bytes()
+    assert len({path.stat().st_mode for path in made.out.iterdir()}) == 1  # whoever reads one file reads all
 
 
 def test_export_that_does_not_agree_leaves_nothing(make_run, capsys, monkeypatch):
