@@ -57,71 +57,74 @@ def evaluate(
     return {"val_loss": loss, "val_ppl": ppl, "val_bpb": nats / math.log(2) / evalset.bytes}
 
 
-def settings(schema: Any, run: Path, overrides: list[str]) -> Any:
-    """Config with the data settings, micro_batch and seq_len to evaluate with.
+def settings(cli: Any, schema: Any, run: Path, overrides: list[str], unread: Path) -> Any:
+    """Config whose data settings, micro_batch and seq_len are to be evaluated with.
 
-    From run/config.yaml where there is one, else the defaults; overrides win. `data=` starts from that
-    group's values. Validation alone is enough: a missing data.train is set to it.
+    From run/config.yaml where there is one, else the defaults; overrides win, and `data=` starts afresh.
+    data=local asks for training files, which evaluation never reads: `unread` stands in for them.
     """
-    from omegaconf import OmegaConf
-    from omegaconf.errors import OmegaConfBaseException
-
-    for item in overrides:
-        key = item.split("=", 1)[0]
-        if "=" not in item or not (key in ("data", "micro_batch", "seq_len") or key.startswith("data.")):
-            raise FolderError(f"{item}: not a setting of llama.eval; {USAGE}")
-    of_data = [item for item in overrides if item.startswith("data")]
-    fresh = any(item.startswith("data=") for item in overrides)
+    given = dict(item.partition("=")[::2] for item in overrides)
+    for key in given:
+        if key not in ("data", "micro_batch", "seq_len") and not key.startswith("data."):
+            raise FolderError(f"{key}={given[key]}: not a setting of llama.eval; {USAGE}")
     saved = run / "config.yaml"
-    if fresh or not saved.is_file():
-        validation = [item for item in of_data if item.startswith("data.validation=")]
-        if validation and not any(item.startswith("data.train=") for item in of_data):
-            of_data.append(validation[-1].replace("validation", "train", 1))
-        cfg = schema.parse(of_data)
-        overrides = [item for item in overrides if not item.startswith("data")]
-        if saved.is_file():
-            chosen, cfg = cfg.data, schema.from_yaml(saved)
-            cfg.data = chosen
-    else:
-        cfg = schema.from_yaml(saved)
-    try:
-        cfg = OmegaConf.to_object(
-            OmegaConf.merge(OmegaConf.structured(cfg), OmegaConf.from_dotlist(overrides))
-        )
-    except OmegaConfBaseException as error:
-        raise FolderError(f"{' '.join(overrides)}: {str(error).splitlines()[0]}") from None
+    cfg = schema.from_yaml(saved) if saved.is_file() else cli.parse([])
+    chosen = {key: text for key, text in given.items() if key.startswith("data.")}
+    if "data" in given:
+        if given["data"] == "local":
+            chosen = {"data.train": "unread", **chosen}
+        cfg.data = cli.parse(
+            [f"data={given['data']}", *(f"{key}={text}" for key, text in chosen.items())]
+        ).data
+        if chosen.get("data.train") == "unread":
+            cfg.data.train = str(unread)
+    elif chosen:
+        known = {
+            f"data.{key}": "saved" for key in ("train", "validation") if getattr(cfg.data, key) is not None
+        }
+        items = [f"data={cfg.data.name}", *(f"{key}={text}" for key, text in {**known, **chosen}.items())]
+        typed = cli.parse(items).data
+        for key in chosen:
+            setattr(cfg.data, key[5:], getattr(typed, key[5:]))
     for key in ("micro_batch", "seq_len"):
-        if getattr(cfg, key) < 1:
-            raise FolderError(f"{key}={getattr(cfg, key)}: must be at least 1")
+        text = given.get(key, str(getattr(cfg, key)))
+        if not (text.isascii() and text.isdigit() and 1 <= int(text) <= 2**20):
+            raise FolderError(f"{key}={text}: give a whole number from 1 to {2**20}")
+        setattr(cfg, key, int(text))
     return cfg
 
 
 def main(argv: list[str] | None = None) -> int:
     import data
-    from configs import schema
+    from configs import cli, schema
 
     args = sys.argv[1:] if argv is None else argv
     try:
         if not args or args[0] in ("-h", "--help"):
             raise FolderError(USAGE)
-        folder, tokenizer = resolve(args[0])
-        cfg = settings(schema, Path(args[0]), args[1:])
-        cfg.data.tokenizer = str(tokenizer)  # the one the model was trained with
+        folder, file = resolve(args[0])
+        cfg = settings(cli, schema, Path(args[0]), args[1:], folder / "config.json")
+        if cfg.data.name != "tokens":  # those bring the one they were made with
+            cfg.data.tokenizer = str(file)
         device = "cuda" if torch.cuda.is_available() else "cpu"
         model = load_model(folder, device)
         source = data.build(cfg.data, vocab_size=model.cfg.vocab_size, seq_len=cfg.seq_len, seed=cfg.seed)
+        if source.tokenizer.sha256 != data.Tokenizer(file).sha256:
+            raise FolderError(
+                f"data.train={cfg.data.train}: its tokens were made with another tokenizer than {file}; "
+                "prepare them with this one"
+            )
         evalset = source.validation()
         result = evaluate(model, evalset, cfg.micro_batch, device=device)
     except (FolderError, data.DataError, schema.ConfigError) as error:
         print(error, file=sys.stderr)
         return 2
+    unigram = "perplexity of the same tokens from their frequencies alone"
     print(f"model          {folder}")
-    print(f"tokens         {evalset.tokens:,}")
+    print(f"tokens         {evalset.tokens:,} in rows of {cfg.seq_len}")
     print(f"val loss       {result['val_loss']:.6f} nats a token")
     print(f"perplexity     {result['val_ppl']:.4f}")
-    print(
-        f"unigram        {evalset.unigram_ppl:.4f} perplexity of the same tokens from their frequencies alone"
-    )
+    print(f"unigram        {evalset.unigram_ppl:.4f} {unigram}")
     print(f"bits per byte  {result['val_bpb']:.6f}")
     return 0
 

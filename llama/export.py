@@ -43,6 +43,7 @@ def write_folder(model: Llama, out: Path, tokenizer: Any, tokenizer_file: Path, 
     (out / "generation_config.json").write_text(json.dumps(generation, indent=2) + "\n", encoding="utf-8")
     state = {name: p.detach().contiguous() for name, p in model.state_dict().items()}
     save_file(state, out / "model.safetensors", metadata={"format": "pt"})
+    shutil.copymode(out / "config.json", out / "model.safetensors")  # safetensors makes it the owner's alone
     shutil.copyfile(tokenizer_file, out / "tokenizer.model")
     return write_tokenizer(out, tokenizer)
 
@@ -114,7 +115,9 @@ def fp32_logits(model: Any, ids: Tensor) -> Tensor:
 def difference(model: Llama, folder: Path, ids: Tensor) -> float:
     """Largest difference of logits over the largest logit: the model against what transformers loads."""
     from transformers import LlamaForCausalLM
+    from transformers.utils import logging
 
+    logging.disable_progress_bar()
     ours = fp32_logits(model.float(), ids)
     theirs = fp32_logits(LlamaForCausalLM.from_pretrained(folder, dtype=torch.float32), ids)
     return ((ours - theirs).abs().max() / theirs.abs().max()).item()

@@ -17,8 +17,10 @@ N tokens, D width, V vocabulary.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import cache
-from typing import Literal
+from importlib import import_module
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -70,7 +72,9 @@ def _accumulator(dtype: torch.dtype) -> torch.dtype:
 
 class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, h, weight, labels, dtype, chunk, fused):
+    def forward(
+        ctx: Any, h: Tensor, weight: Tensor, labels: Tensor, dtype: torch.dtype, chunk: int, fused: bool
+    ) -> Tensor:
         need_h, need_weight = ctx.needs_input_grad[:2]
         loss, dh, dw = _run(h, weight, labels, dtype, chunk, fused, need_h, need_weight)
         ctx.save_for_backward(dh, dw)
@@ -79,7 +83,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, grad):
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         scaled = [
             None if g is None else _scaled(g, grad, t)
             for g, t in zip(ctx.saved_tensors, ctx.dtypes, strict=True)
@@ -141,7 +145,7 @@ def _softmax_(logits: Tensor, labels: Tensor, grad: bool) -> Tensor:
 
 
 @cache
-def _compiled_softmax():
+def _compiled_softmax() -> Callable[[Tensor, Tensor, bool], Tensor]:
     return torch.compile(_softmax_, dynamic=False, fullgraph=True)
 
 
@@ -157,9 +161,10 @@ def _add_product_(total: Tensor, a: Tensor, b: Tensor) -> None:
 
 def _liger(h: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
     try:
-        from liger_kernel.ops.fused_linear_cross_entropy import LigerFusedLinearCrossEntropyFunction as Liger
+        liger = import_module("liger_kernel.ops.fused_linear_cross_entropy")
     except ImportError as error:
         raise ValueError(
-            "impl=liger: the package liger-kernel is not installed; install it or use chunked"
+            "impl=liger: the package liger-kernel is missing; install it or use chunked"
         ) from error
-    return Liger.apply(h, weight, labels, None, None, IGNORE, 0.0, 0.0, "sum", None, False, torch.float32)[0]
+    arguments = None, None, IGNORE, 0.0, 0.0, "sum", None, False, torch.float32  # the last: dW's accumulator
+    return liger.LigerFusedLinearCrossEntropyFunction.apply(h, weight, labels, *arguments)[0]

@@ -51,7 +51,9 @@ class RMSNorm(nn.Module):
         return self.weight * (wide * scale).to(x.dtype)
 
 
-def rope_tables(length: int, dim: int, theta: float, device, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+def rope_tables(
+    length: int, dim: int, theta: float, device: torch.device | str, dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
     """Cosine and sine of position * theta^(-2j/dim), (length, 1, dim/2); fp32, float64 if dtype is."""
     wide = torch.promote_types(dtype, torch.float32)
     frequency = 1.0 / theta ** (torch.arange(0, dim, 2, device=device, dtype=wide) / dim)

@@ -5,12 +5,13 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import safe_open
 
 from .config import ModelConfig
-from .model import Llama, empty_model
+from .model import INIT_STD, Llama, empty_model
 
 SHAPE_KEYS = (
     "vocab_size hidden_size intermediate_size num_hidden_layers num_attention_heads num_key_value_heads "
@@ -98,6 +99,17 @@ def load_config(folder: str | Path) -> ModelConfig:
     return cfg
 
 
+def hf_config(cfg: ModelConfig) -> dict[str, Any]:
+    """The shapes as keyword arguments of transformers' LlamaConfig."""
+    return {
+        **{key: getattr(cfg, key) for key in SHAPE_KEYS},
+        "num_key_value_heads": cfg.kv_heads,
+        "head_dim": cfg.head_dim,
+        "rope_parameters": {"rope_theta": cfg.rope_theta, "rope_type": "default"},
+        **FIXED,
+    }
+
+
 def write_config(
     cfg: ModelConfig,
     folder: str | Path,
@@ -112,14 +124,10 @@ def write_config(
     content = {
         "architectures": ["LlamaForCausalLM"],
         "model_type": "llama",
-        **{key: getattr(cfg, key) for key in SHAPE_KEYS},
-        "num_key_value_heads": cfg.kv_heads,
-        "head_dim": cfg.head_dim,
+        **hf_config(cfg),
+        "rope_theta": cfg.rope_theta,  # where transformers 4 looks for it
         "max_position_embeddings": seq_len,
-        "rope_theta": cfg.rope_theta,  # read by transformers 4; 5 reads rope_parameters
-        "rope_parameters": {"rope_theta": cfg.rope_theta, "rope_type": "default"},
-        **FIXED,
-        "initializer_range": 0.02,
+        "initializer_range": INIT_STD,
         "torch_dtype": str(dtype).removeprefix("torch."),
         "bos_token_id": bos_token_id,
         "eos_token_id": eos_token_id,
@@ -159,7 +167,7 @@ def stored_tensors(files: list[Path]) -> dict[str, tuple[Path, tuple[int, ...]]]
     return found
 
 
-def open_file(path: Path):
+def open_file(path: Path) -> Any:
     try:
         return safe_open(path, framework="pt")
     except Exception as error:  # the library's own type for a damaged header

@@ -1,16 +1,24 @@
 """Evaluation is exact for every micro-batch and number of ranks; the command finds a run and its settings."""
 
+import json
 import math
-import sys
-from types import ModuleType, SimpleNamespace
+import shutil
+from functools import partial
+from types import SimpleNamespace
 
 import pytest
+import sentencepiece
 import torch
 import torch.nn.functional as F
 
+import data
+from configs import cli, schema
+from data.prepare import prepare
+from llama import checkpoint
 from llama import eval as evaluation
 from llama.eval import evaluate
 from llama.model import ModelConfig, build_model
+from llama.pretrained import write_config
 
 CFG = ModelConfig(
     vocab_size=300, hidden_size=32, intermediate_size=44, num_hidden_layers=2, num_attention_heads=4
@@ -106,91 +114,82 @@ def test_overwhelming_loss_is_infinite_perplexity_not_an_error(evalset):
     assert result["val_ppl"] == math.inf
 
 
-@pytest.fixture
-def command(monkeypatch, tmp_path, model, evalset):
-    """A run folder and stand-ins for the packages that read text and settings."""
-    from dataclasses import dataclass, field
+TEXTS = ["the quick brown fox", "lazy dogs sleep", "it is 1984 again", "foxes jump over two lines"]
 
-    from safetensors.torch import save_file
 
-    from llama.pretrained import write_config
-
-    folder = tmp_path / "run" / "checkpoints" / "step_00000002"
-    folder.mkdir(parents=True)
-    write_config(CFG, folder, dtype=torch.float32, eos_token_id=1)
-    save_file(model.state_dict(), folder / "model.safetensors")
-    (tmp_path / "run" / "tokenizer.model").write_bytes(b"")
-    (tmp_path / "run" / "config.yaml").write_text("run")
-
-    @dataclass
-    class Data:
-        name: str = "sample"
-        train: str | None = None
-        validation: str | None = None
-        tokenizer: str | None = None
-
-    @dataclass
-    class Config:
-        data: Data = field(default_factory=Data)
-        micro_batch: int = 3
-        seq_len: int = 12
-        seed: int = 0
-
-    class Error(ValueError):
-        pass
-
-    asked = []
-
-    def parse(argv):
-        asked.append(argv)
-        return Config(
-            Data(**{k.removeprefix("data."): v for k, v in (a.split("=") for a in argv) if k != "data"})
-        )
-
-    def build(data, **kw):
-        asked.append((data, kw))
-        if data.validation == "bad":
-            raise Error("data.validation=bad: no file matches")
-        return SimpleNamespace(validation=lambda: evalset)
-
-    schema = ModuleType("configs.schema")
-    vars(schema).update(
-        parse=parse, from_yaml=lambda path: Config(Data(validation="saved")), ConfigError=Error
+@pytest.fixture(scope="module")
+def written(tmp_path_factory, model):
+    """A run folder as training leaves it, and two files of text."""
+    root = tmp_path_factory.mktemp("eval")
+    for name, count in (("train", 40), ("held_out", 5), ("other", 3)):
+        lines = [json.dumps({"text": f"{TEXTS[i % 4]} and {TEXTS[i * i % 3]}."}) for i in range(count)]
+        (root / f"{name}.jsonl").write_text("\n".join(lines) + "\n")
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(TEXTS * 5), model_prefix=str(root / "tokenizer"), model_type="bpe",
+        vocab_size=298, byte_fallback=True, hard_vocab_limit=False, minloglevel=2, pad_id=3,
+    )  # fmt: skip
+    run = root / "run"
+    run.mkdir()
+    shutil.copyfile(root / "tokenizer.model", run / "tokenizer.model")
+    files = [
+        f"data.{key}={root}/{name}.jsonl" for key, name in (("train", "train"), ("validation", "held_out"))
+    ]
+    cfg = cli.parse(
+        ["data=local", *files, "micro_batch=2", "seq_len=12", "tokens_per_step=48", "data.workers=0"]
     )
-    import configs
-
-    monkeypatch.setattr(configs, "schema", schema, raising=False)
-    monkeypatch.setitem(sys.modules, "configs.schema", schema)
-    data_module = ModuleType("data")
-    vars(data_module).update(build=build, DataError=Error)
-    monkeypatch.setitem(sys.modules, "data", data_module)
-    checkpoint = ModuleType("llama.checkpoint")
-    vars(checkpoint).update(latest=lambda run: max((run / "checkpoints").glob("step_*"), default=None))
-    monkeypatch.setitem(sys.modules, "llama.checkpoint", checkpoint)
-    return SimpleNamespace(run=tmp_path / "run", folder=folder, asked=asked)
+    (run / "config.yaml").write_text(schema.to_yaml(cfg))
+    config = partial(write_config, CFG, dtype=torch.float32, eos_token_id=2)
+    folder = checkpoint.save(run, 2, model, {}, {}, keep_last=1, write_config=config)
+    return SimpleNamespace(root=root, run=run, folder=folder)
 
 
-def test_command_prints_the_exact_numbers(command, exact, evalset, capsys):
-    assert evaluation.main([str(command.run)]) == 0
-    out = capsys.readouterr().out
-    assert f"{exact / evalset.tokens:.4f}" in out and "250.0000" in out and f"{evalset.tokens}" in out
-    data, keywords = command.asked[-1]
-    assert data.validation == "saved" and data.tokenizer == str(command.run / "tokenizer.model")
-    assert keywords == {"vocab_size": 300, "seq_len": 12, "seed": 0}
+def expected_nats(model, written, name):
+    """Every token after the first, each from the tokens before it in its row of 12."""
+    tokenizer = data.Tokenizer(written.run / "tokenizer.model")
+    lines = (written.root / f"{name}.jsonl").read_text().splitlines()
+    ids = torch.tensor([i for line in lines for i in [*tokenizer.encode(json.loads(line)["text"]), 2]])
+    total = 0.0
+    for start in range(0, len(ids) - 1, 12):
+        row = ids[start : start + 13]
+        log_p = F.log_softmax(model(row[None, :-1])[0].detach().double(), dim=-1)
+        total -= log_p.gather(1, row[1:, None]).sum().item()
+    return total / (len(ids) - 1)
 
 
-def test_command_overrides(command, capsys):
-    assert evaluation.main([str(command.run), "data.validation=v.jsonl", "micro_batch=2"]) == 0
-    assert command.asked[-1][0].validation == "v.jsonl"
-    assert evaluation.main([str(command.run), "data=local", "data.validation=w.jsonl", "seq_len=12"]) == 0
-    assert command.asked[-2] == ["data=local", "data.validation=w.jsonl", "data.train=w.jsonl"]
-    assert command.asked[-1][0].validation == "w.jsonl"
+def shown(out, label):
+    (line,) = [line for line in out.splitlines() if line.startswith(label)]
+    return float(line.removeprefix(label).split()[0])
 
 
-def test_command_takes_a_model_folder(command, capsys):
-    (command.folder / "tokenizer.model").write_bytes(b"")
-    assert evaluation.main([str(command.folder), "data=local", "data.validation=w"]) == 0
-    assert command.asked[-1][0].tokenizer == str(command.folder / "tokenizer.model")
+def test_command_prints_the_exact_numbers(written, model, capsys):
+    assert evaluation.main([str(written.run)]) == 0
+    first = capsys.readouterr().out
+    loss = expected_nats(model, written, "held_out")
+    assert shown(first, "val loss") == pytest.approx(loss, rel=1e-6)
+    assert shown(first, "perplexity") == pytest.approx(math.exp(loss), rel=1e-5)
+    assert 1 < shown(first, "unigram") < CFG.vocab_size
+    assert evaluation.main([str(written.run), "micro_batch=5"]) == 0
+    assert capsys.readouterr().out.splitlines()[:2] == first.splitlines()[:2]
+
+
+@pytest.mark.parametrize("fresh", [[], ["data=local"]])
+def test_command_overrides(written, model, capsys, fresh):
+    other = f"data.validation={written.root}/other.jsonl"
+    assert evaluation.main([str(written.run), *fresh, other]) == 0
+    loss = shown(capsys.readouterr().out, "val loss")
+    assert loss == pytest.approx(expected_nats(model, written, "other"), rel=1e-6)
+
+
+def test_command_takes_a_model_folder(written, model, tmp_path, capsys):
+    for file in ("config.json", "model.safetensors"):
+        shutil.copyfile(written.folder / file, tmp_path / file)
+    arguments = [str(tmp_path), "data=local", f"data.validation={written.root}/other.jsonl", "seq_len=12"]
+    assert evaluation.main(arguments) == 2
+    assert "no tokenizer.model there" in capsys.readouterr().err
+    shutil.copyfile(written.run / "tokenizer.model", tmp_path / "tokenizer.model")
+    assert evaluation.main(arguments) == 0
+    loss = shown(capsys.readouterr().out, "val loss")
+    assert loss == pytest.approx(expected_nats(model, written, "other"), rel=1e-6)
 
 
 @pytest.mark.parametrize(
@@ -199,19 +198,37 @@ def test_command_takes_a_model_folder(command, capsys):
         ([], "usage"),
         (["no_such_run"], "no_such_run: no such folder"),
         (["RUN", "steps=3"], "steps=3: not a setting"),
-        (["RUN", "data.validation=bad"], "data.validation=bad: no file matches"),
-        (["RUN", "micro_batch=0"], "micro_batch=0: must be at least 1"),
-        (["RUN", "micro_batch=x"], "micro_batch=x"),
-        (["RUN", "data.nonsense=1"], "nonsense"),
+        (["RUN", "data.validation=/no/such/file"], "data.validation=/no/such/file"),
+        (["RUN", "data.validation="], "data.validation="),
+        (["RUN", "micro_batch=0"], "micro_batch=0: give a whole number"),
+        (["RUN", "seq_len=x"], "seq_len=x: give a whole number"),
+        (["RUN", "data.nonsense=1"], "data.nonsense=1: no such key"),
+        (["RUN", "data.packing=loose"], "data.packing=loose"),
+        (["RUN", "data=nowhere"], "data=nowhere"),
     ],
 )
-def test_command_answers_mistakes_with_one_line(command, capsys, arguments, words):
-    assert evaluation.main([str(command.run) if a == "RUN" else a for a in arguments]) == 2
+def test_command_answers_mistakes_with_one_line(written, capsys, arguments, words):
+    assert evaluation.main([str(written.run) if a == "RUN" else a for a in arguments]) == 2
     printed = capsys.readouterr()
     assert words in printed.err and printed.err.count("\n") == 1 and not printed.out
 
 
-def test_command_without_a_checkpoint(command, capsys):
-    command.folder.rename(command.folder.with_name("other"))
-    assert evaluation.main([str(command.run)]) == 2
+def test_command_reads_tokens_of_the_same_tokenizer_only(written, model, tmp_path, capsys):
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(TEXTS * 5), model_prefix=str(tmp_path / "another"), model_type="bpe",
+        vocab_size=296, byte_fallback=True, hard_vocab_limit=False, minloglevel=2, pad_id=3,
+    )  # fmt: skip
+    files = {"train": f"{written.root}/train.jsonl", "validation": f"{written.root}/other.jsonl"}
+    for name, tokenizer in (("same", written.run / "tokenizer.model"), ("other", tmp_path / "another.model")):
+        prepare(data.DataConfig("local", **files, tokenizer=str(tokenizer), workers=0), tmp_path / name, 300)
+    assert evaluation.main([str(written.run), "data=tokens", f"data.train={tmp_path}/same"]) == 0
+    loss = shown(capsys.readouterr().out, "val loss")
+    assert loss == pytest.approx(expected_nats(model, written, "other"), rel=1e-6)
+    assert evaluation.main([str(written.run), "data=tokens", f"data.train={tmp_path}/other"]) == 2
+    assert "made with another tokenizer" in capsys.readouterr().err
+
+
+def test_command_without_a_checkpoint(tmp_path, capsys):
+    (tmp_path / "checkpoints" / "step_00000002.tmp").mkdir(parents=True)
+    assert evaluation.main([str(tmp_path)]) == 2
     assert "no complete checkpoint" in capsys.readouterr().err

@@ -1,14 +1,19 @@
 """Model folders: exported, loaded by transformers, and back, bit for bit; text from a run; mistakes."""
 
 import json
+import random
+import shutil
 import sys
-from types import ModuleType, SimpleNamespace
+from functools import partial
+from types import SimpleNamespace
 
 import pytest
 import sentencepiece
 import torch
 from safetensors.torch import load_file, save_file
 
+from data import Tokenizer
+from llama import checkpoint
 from llama import export as exporting
 from llama import generate as generation
 from llama.generate import generate
@@ -28,20 +33,6 @@ VARIANTS = {
 def shape(name="plain"):
     common = {"vocab_size": 512, "hidden_size": 32, "intermediate_size": 44, "num_hidden_layers": 2}
     return ModelConfig(**common, num_attention_heads=4, **VARIANTS[name])
-
-
-class Tokenizer:
-    """The interface of data.Tokenizer."""
-
-    def __init__(self, path):
-        self.model = sentencepiece.SentencePieceProcessor(model_file=str(path))
-        self.vocab_size, self.eos_id, self.pad_id = len(self.model), self.model.eos_id(), self.model.pad_id()
-
-    def encode(self, text):
-        return self.model.encode(text)
-
-    def decode(self, ids):
-        return self.model.decode(ids)
 
 
 @pytest.fixture(scope="module", params=["unigram", "bpe"])
@@ -66,27 +57,21 @@ def tokenizer_file(request, tmp_path_factory):
 
 
 @pytest.fixture
-def make_run(tmp_path, tokenizer_file, monkeypatch):
-    """A run folder with one checkpoint, and stand-ins for the packages that commands import."""
+def make_run(tmp_path, tokenizer_file):
+    """A run folder with one checkpoint."""
 
     def make(cfg, dtype=torch.float32):
-        folder = tmp_path / "run" / "checkpoints" / "step_00000002"
-        folder.mkdir(parents=True)
+        run = tmp_path / "run"
+        run.mkdir()
         model = build_model(cfg, "cpu", dtype, 5)
         with torch.no_grad():
             for p in model.parameters():
                 p.mul_(4)
-        write_config(cfg, folder, dtype=dtype, eos_token_id=1, pad_token_id=0, seq_len=16)
-        save_file(model.state_dict(), folder / "model.safetensors")
-        (tmp_path / "run" / "tokenizer.model").write_bytes(tokenizer_file.read_bytes())
-        return SimpleNamespace(run=tmp_path / "run", folder=folder, model=model, out=tmp_path / "out")
+        config = partial(write_config, cfg, dtype=dtype, eos_token_id=1, pad_token_id=0, seq_len=16)
+        checkpoint.save(run, 2, model, {}, {}, keep_last=1, write_config=config)
+        shutil.copyfile(tokenizer_file, run / "tokenizer.model")
+        return SimpleNamespace(run=run, model=model, out=tmp_path / "out")
 
-    data = ModuleType("data")
-    vars(data).update(Tokenizer=Tokenizer, DataError=type("DataError", (ValueError,), {}))
-    monkeypatch.setitem(sys.modules, "data", data)
-    checkpoint = ModuleType("llama.checkpoint")
-    vars(checkpoint).update(latest=lambda run: max((run / "checkpoints").glob("step_*"), default=None))
-    monkeypatch.setitem(sys.modules, "llama.checkpoint", checkpoint)
     return make
 
 
@@ -119,12 +104,16 @@ def test_exported_tokenizer_gives_the_same_ids(make_run, tokenizer_file):
     made = make_run(shape())
     assert exporting.main([str(made.run), str(made.out)]) == 0
     ours, theirs = Tokenizer(tokenizer_file), transformers.AutoTokenizer.from_pretrained(made.out)
-    for text in (exporting.TEXT, "lazy  dogs jumps\nover 1984", ""):
+    fragments = "".join(
+        random.Random(0).choices(["qui", "row", "ov", "nai", "azy", "dog", "er ", "ck", "n"], k=400)
+    )
+    for text in (exporting.TEXT, "lazy  dogs jumps\nover 1984", fragments, ""):
         ids = ours.encode(text)
         assert theirs.encode(text, add_special_tokens=False) == ids
         assert theirs.decode(ids) == ours.decode(ids)
     assert theirs.eos_token_id == 1 and theirs.pad_token_id == 0
     assert (made.out / "tokenizer.model").read_bytes() == tokenizer_file.read_bytes()
+    assert len({path.stat().st_mode for path in made.out.iterdir()}) == 1  # whoever reads one file reads all
 
 
 def test_export_that_does_not_agree_leaves_nothing(make_run, capsys, monkeypatch):
@@ -316,9 +305,6 @@ def test_generate_command(make_run, capsys):
         (["colour=red"], "colour=red: not an option"),
     ],
 )
-def test_generate_command_answers_mistakes(capsys, monkeypatch, arguments, words):
-    data = ModuleType("data")
-    vars(data).update(Tokenizer=Tokenizer, DataError=type("DataError", (ValueError,), {}))
-    monkeypatch.setitem(sys.modules, "data", data)
+def test_generate_command_answers_mistakes(capsys, arguments, words):
     assert generation.main(["nowhere", "x", *arguments]) == 2
     assert words in capsys.readouterr().err
