@@ -133,7 +133,7 @@ class Engine(torch.optim.Optimizer):
         total = torch.where(ok, norms, 0).square().sum().sqrt()
         lr, scale, decay = torch.tensor([[g["lr"], g["scale"], g["decay"]] for g in self.param_groups], dtype=wide).T
         host = torch.stack([lr * scale, 1 - lr * decay], 1)
-        table[:, [Column.LR, Column.KEEP]] = host.to(table.device, non_blocking=True)[self._group_of]
+        table[:, Column.LR : Column.KEEP + 1] = host.to(table.device, non_blocking=True)[self._group_of]
         table[:, Column.CLIP] = (self.clip / (total + 1e-6)).clamp(max=1) if self.clip else 1
         table[:, Column.OK] = ok
         table[:, Column.T] = self._t + 1

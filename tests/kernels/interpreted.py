@@ -36,32 +36,34 @@ def case(weight, grad, moment, seed):
     return ws, gs, ms, vs, table
 
 
-def ulps(a, b):
-    """Largest difference in units of the last place of b's dtype; NaN counts as infinitely far."""
-    a, b = a.double(), b.double()
-    bits = 7 if DTYPE == torch.bfloat16 else 23
-    unit = 2.0 ** (torch.floor(torch.log2(b.abs().clamp(min=1e-30))) - bits)
-    d = ((a - b).abs() / unit).nan_to_num(float("inf"))
-    return d.max().item()
+def ulps(a, b, before):
+    """Largest difference in units of the last place of the larger of old and new value: where an update nearly cancels a
+    weight, the rounding of the old one is all that is left. NaN counts as infinitely far."""
+    bits = 7 if b.dtype == torch.bfloat16 else 23
+    size = torch.maximum(b.double().abs(), before.double().abs()).clamp(min=1e-30)
+    unit = 2.0 ** (torch.floor(torch.log2(size)) - bits)
+    return ((a.double() - b.double()).abs() / unit).nan_to_num(float("inf")).max().item()
 
 
 failed = False
 for weight, grad, moment in VARIANTS:
     for seed in range(2):
         ours, ref = case(weight, grad, moment, seed), case(weight, grad, moment, seed)
-        guard = [w.clone() for w in ours[0]]
+        before = [[t.clone() for t in kind] for kind in ours[:4]]
+        guard = before[0]
         adam_(*ours, plan(ours[0]), *BETAS, impl="triton")
         adam_(*ref, None, *BETAS, impl="ref")
         worst = {}
-        for name, a, b in zip(("w", "g", "m", "v"), ours[:4], ref[:4], strict=True):
-            DTYPE = b[0].dtype
-            worst[name] = max(ulps(x, y) for x, y in zip(a, b, strict=True))
+        for name, *kinds in zip("wgmv", ours[:4], ref[:4], before, strict=True):
+            worst[name] = max(ulps(*three) for three in zip(*kinds, strict=True))
         skipped = torch.equal(ours[0][4], guard[4])
         moved = all(not torch.equal(a, b) for n, (a, b) in enumerate(zip(ours[0], guard, strict=True)) if n != 4)
-        # the interpreter truncates fp32 -> bf16 where hardware rounds to nearest: one unit; fp32: order of operations.
+        # the interpreter truncates fp32 -> bf16 where hardware rounds to nearest: one unit; fp32: eight roundings on the way, in another order.
         # v in bf16 is rounded by its own random bits and must agree but for an fp32 last place: one unit
         allowed = {n: 1.0 if t[0].dtype == torch.bfloat16 else 8.0 for n, t in zip("wgmv", ref[:4], strict=True)}
-        ok = skipped and moved and worst["g"] == 0 and all(worst[n] <= allowed[n] for n in "wmv")
+        other = sum(int((a != b).sum()) for a, b in zip(ours[3], ref[3], strict=True)) / sum(SIZES)
+        same_bits = moment != torch.bfloat16 or other < 1e-3
+        ok = skipped and moved and same_bits and worst["g"] == 0 and all(worst[n] <= allowed[n] for n in "wmv")
         failed |= not ok
         print("ok " if ok else "BAD", weight, moment, worst, "skipped" if skipped else "NOT SKIPPED")
 sys.exit(failed)
