@@ -1,6 +1,6 @@
 """Speed and memory on one GPU, ours beside peers: same shapes, data, batch and dtype, in one run on one card.
 
-    python bench.py data=FOLDER [out=bench.jsonl] [cases=llama_60m,llama_1b] [pairs=5] [loader=GLOB]
+    python bench.py data=FOLDER [out=bench.jsonl] [cases=llama_60m,llama_1b] [pairs=5] [loader=GLOB] [commit=ID]
 
 FOLDER comes from `python -m data.prepare`. Each row of the record is one JSON object: what, sizes, GPU, versions, commit,
 numbers. Ours is `train.Run` itself: loader, logging and optimizer included. The peer is transformers' LlamaForCausalLM
@@ -67,7 +67,9 @@ class Peer:
         from transformers import LlamaConfig, LlamaForCausalLM
 
         shape: ModelConfig = parse([f"model={model}", "data=sample"]).model
-        config = LlamaConfig(**pretrained.hf_config(shape), attn_implementation="sdpa", use_cache=False)
+        with tempfile.TemporaryDirectory() as folder_:
+            pretrained.write_config(shape, folder_, dtype=torch.bfloat16)
+            config = LlamaConfig.from_pretrained(folder_, attn_implementation="sdpa", use_cache=False)
         with torch.device("cuda"):
             self.model = LlamaForCausalLM(config).to(torch.bfloat16)
         self.fast = torch.compile(self.model)
@@ -153,16 +155,16 @@ def loader_rate(cfg: data.DataConfig, what: str, seconds: float = 10.0, vocab: i
     return {"what": f"loader alone, {what}", "tokens_per_s": round(rate), "workers": cfg.workers or 0}
 
 
-def facts() -> dict[str, Any]:
+def facts(commit: str | None) -> dict[str, Any]:
     versions = {}
     for name in PACKAGES:
         try:
             versions[name] = version(name)
         except PackageNotFoundError:
             pass
-    git = subprocess.run(["git", "describe", "--always", "--dirty"], capture_output=True, text=True)
+    commit = commit or subprocess.run(["git", "describe", "--always", "--dirty"], capture_output=True, text=True).stdout
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else "none"
-    return {"gpu": gpu, "versions": versions, "commit": git.stdout.strip(), "date": time.strftime("%Y-%m-%d")}
+    return {"gpu": gpu, "versions": versions, "commit": commit.strip(), "date": time.strftime("%Y-%m-%d")}
 
 
 def main(argv: list[str]) -> int:
@@ -185,7 +187,7 @@ def main(argv: list[str]) -> int:
     rows = []
     with open(args.get("out", "bench.jsonl"), "a", encoding="utf-8") as record:
         for job in jobs:
-            row = {**job(), **facts()}
+            row = {**job(), **facts(args.get("commit"))}
             rows.append(row)
             record.write(json.dumps(row) + "\n")
             record.flush()

@@ -32,6 +32,11 @@ def split_name(path: str) -> tuple[str, str]:
     return kind, packed
 
 
+def one_line(error: BaseException) -> str:
+    """An error's type and text, fit for a message of one line."""
+    return " ".join(f"{type(error).__name__}: {error}".split())[:200]
+
+
 def hub() -> Any:
     """The hub's file system at $HF_ENDPOINT."""
     from huggingface_hub import HfFileSystem

@@ -17,7 +17,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any, BinaryIO
 
-from .archive import BROKEN, Watched, open_raw, split_name, unpacked
+from .archive import BROKEN, Watched, one_line, open_raw, split_name, unpacked
 from .config import DamageLimit
 
 log = logging.getLogger("subspan")
@@ -76,10 +76,6 @@ def documents(path: str, start: int, damage: Damage) -> Iterator[tuple[int, str]
                 yield record, text
 
 
-def _reason(error: BaseException) -> str:
-    return f"{type(error).__name__}: {error}".splitlines()[0][:160]
-
-
 def _lines(stream: BinaryIO, path: str, damage: Damage, number: int = 0) -> Iterator[bytes]:
     """Lines up to the end or to damage, which is reported with the number of the line it cut and yields "
     "b""."""
@@ -88,7 +84,7 @@ def _lines(stream: BinaryIO, path: str, damage: Damage, number: int = 0) -> Iter
         try:
             line = next(iterator, b"")
         except BROKEN as error:
-            damage.report(path, number + 1, _reason(error))
+            damage.report(path, number + 1, one_line(error))
             yield b""
             return
         if not line:
@@ -120,7 +116,7 @@ def _json(stream: BinaryIO, kind: str, path: str, start: int, damage: Damage) ->
         try:
             text = _text_of(json.loads(line.decode()))
         except (ValueError, RecursionError) as error:
-            damage.report(path, number, _reason(error))
+            damage.report(path, number, one_line(error))
         else:
             yield number, text
 
@@ -141,13 +137,13 @@ def _array(lines: Iterator[bytes], path: str, start: int, damage: Damage) -> Ite
         try:
             item, at = decoder.raw_decode(body, at)
         except (ValueError, RecursionError) as error:
-            return None if cut else damage.report(path, number, _reason(error))
+            return None if cut else damage.report(path, number, one_line(error))
         if number <= start:
             continue
         try:
             text = _text_of(item)
         except ValueError as error:
-            damage.report(path, number, _reason(error))
+            damage.report(path, number, one_line(error))
         else:
             yield number, text
 
@@ -159,7 +155,7 @@ def _text(stream: BinaryIO, path: str, start: int, damage: Damage) -> Iterator[t
         try:
             yield number, piece.decode("utf-8-sig" if number == 1 else "utf-8").strip("\r\n")
         except UnicodeDecodeError as error:
-            damage.report(path, line + piece.count(b"\n", 0, error.start), _reason(error))
+            damage.report(path, line + piece.count(b"\n", 0, error.start), one_line(error))
 
 
 def _pieces(lines: Iterator[bytes]) -> Iterator[tuple[int, bytes]]:
@@ -209,7 +205,7 @@ def _parquet(
     except (*BROKEN, pa.ArrowException, ValueError, OSError) as error:
         if watched.failed:
             raise
-        return damage.report(path, 0, _reason(error))
+        return damage.report(path, 0, one_line(error))
     first = 0
     for group in range(table.num_row_groups):
         last = first + table.metadata.row_group(group).num_rows
@@ -230,7 +226,7 @@ def _row_group(
         except (pa.ArrowException, ValueError, OSError) as error:
             if watched.failed:
                 raise
-            return damage.report(path, row + 1, f"rest of row group {group}: {_reason(error)}")
+            return damage.report(path, row + 1, f"rest of row group {group}: {one_line(error)}")
         if batch is None:
             return
         for value in batch.column(0).cast(pa.large_binary()).to_pylist():
@@ -242,6 +238,6 @@ def _row_group(
                     raise ValueError("no text")
                 text = value.decode()
             except ValueError as error:
-                damage.report(path, row, _reason(error))
+                damage.report(path, row, one_line(error))
             else:
                 yield row, text

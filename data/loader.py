@@ -67,6 +67,8 @@ class Rows(Protocol):
 def build(cfg: DataConfig, *, vocab_size: int, seq_len: int, seed: int) -> Dataset:
     """The data of a run: files found, tokenizer found, fetched or trained. DataError for what cannot work."""
     problems = cfg.problems()
+    if seed < 0:
+        problems.append(f"seed={seed}: a seed is not negative; give 0 or more")
     if problems:
         raise DataError("\n".join(problems))
     return Dataset(cfg, vocab_size, seq_len, seed)

@@ -19,7 +19,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from .archive import HUB, hub, split_name
+from .archive import HUB, hub, one_line, split_name
 from .config import DamageLimit, DataConfig, DataError, globs
 from .files import Damage, documents
 
@@ -171,7 +171,7 @@ def _c4_hub(split: str) -> list[str]:
         names = hub().ls(C4, detail=False)
     except Exception as error:  # the hub's client raises its own, httpx's and the system's errors
         raise DataError(
-            f"data=c4: {C4} cannot be listed on the hub ({type(error).__name__}: {error}); check the "
+            f"data=c4: {C4} cannot be listed on the hub ({one_line(error)}); check the "
             "network and "
             "HF_ENDPOINT, or name a local copy with data.path=FOLDER, or use data=local or data=sample"
         ) from error

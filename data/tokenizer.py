@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from .archive import hub
+from .archive import hub, one_line
 from .config import DataConfig, DataError
 from .files import Damage
 from .source import Source
@@ -61,7 +61,7 @@ class Tokenizer:
             self._sp = SentencePieceProcessor(model_proto=model)
         except (OSError, RuntimeError) as error:
             raise DataError(
-                f"data.tokenizer={path}: not a SentencePiece model ({str(error).strip()[:160]}); "
+                f"data.tokenizer={path}: not a SentencePiece model ({one_line(error)}); "
                 "name a model file, t5, llama or train"
             ) from None
         self.sha256 = hashlib.sha256(model).hexdigest()
@@ -117,10 +117,10 @@ def find_tokenizer(cfg: DataConfig, train: Source, vocab_size: int) -> Tokenizer
         path = fetched(name, cache_dir(cfg))
     else:
         path = Path(name).expanduser()
-        if not path.is_file():
-            raise DataError(
-                f"data.tokenizer={name}: no such file; name a SentencePiece model file, t5, llama or train"
-            )
+    if not path.is_file():
+        raise DataError(
+            f"data.tokenizer={name}: no such file; name a SentencePiece model file, t5, llama or train"
+        )
     return check_size(Tokenizer(path), name, vocab_size)
 
 
@@ -152,11 +152,10 @@ def fetched(name: str, cache: Path) -> Path:
     except Exception as error:  # the hub's client raises its own, httpx's and the system's errors
         raise DataError(
             f"data.tokenizer={name}: {repo}/{file} cannot be fetched from the hub "
-            f"({type(error).__name__}: {error}); "
+            f"({one_line(error)}); "
             "check the network and HF_ENDPOINT, or use data.tokenizer=train or a SentencePiece model file"
         ) from error
-    write_atomic(path, model)
-    return path
+    return _kept(path, model)
 
 
 def trained(train: Source, vocab_size: int, cache: Path) -> Path:
@@ -175,8 +174,7 @@ def trained(train: Source, vocab_size: int, cache: Path) -> Path:
     log.info(
         "training a tokenizer of %d pieces on %.1f MB (about %.0f s)", vocab_size, size / 1e6, 1 + size * 7e-8
     )
-    write_atomic(path, train_model(_sentences(texts), vocab_size, size))
-    return path
+    return _kept(path, train_model(_sentences(texts), vocab_size, size))
 
 
 def train_model(sentences: Iterator[str], vocab_size: int, size: int) -> bytes:
@@ -196,6 +194,17 @@ def train_model(sentences: Iterator[str], vocab_size: int, size: int) -> bytes:
             f"({reason}); change model.vocab_size, give more text, or use data.tokenizer=FILE"
         ) from None
     return model.getvalue()
+
+
+def _kept(path: Path, model: bytes) -> Path:
+    try:
+        write_atomic(path, model)
+    except OSError as error:
+        raise DataError(
+            f"data.cache={path.parent.parent}: a tokenizer cannot be kept there ({one_line(error)}); "
+            "name another folder"
+        ) from error
+    return path
 
 
 def _sentences(texts: list[bytes]) -> Iterator[str]:

@@ -22,11 +22,11 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from . import moments
+from . import kernels, moments
 from .rules.adam import Adam
 
-LR, KEEP, CLIP, OK, T, INDEX = range(6)  # columns of the scalar table
-WIDTH = 8  # columns in storage: a row starts on a 16-byte boundary, which compiled kernels ask for
+Column = kernels.Column
+
 
 
 @dataclass
@@ -73,17 +73,14 @@ class Engine(torch.optim.Optimizer):
         first = owned[0].param
         wide = torch.float64 if any(o.param.dtype == torch.float64 for o in owned) else torch.float32
         self._group_of = torch.tensor([group_of[id(o.param)] for o in owned], device=first.device)
-        self._table = torch.zeros(len(owned), WIDTH, dtype=wide, device=first.device)
-        self._table[:, INDEX] = torch.arange(len(owned))
+        self._table = torch.zeros(len(owned), 8, dtype=wide, device=first.device)
+        self._table[:, Column.INDEX] = torch.arange(len(owned))
         self._t = torch.zeros(len(owned), dtype=wide, device=first.device)
         self._in_a_row = torch.zeros((), device=first.device)
         for o in owned:
-            self.state[o.param] = {k: moments.init(store, o.param) for k in rule.moments}
+            self.state[o.param] = {k: moments.init(store, o.param) for k in rule.state}
         self.stats: dict[str, Tensor] = {}
-        self._update: Callable[..., None] = update_
-        if first.is_cuda:  # one fused kernel a shape; the default limit of 8 shapes would fall back to eager silently
-            torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 64)
-            self._update = torch.compile(update_, dynamic=False)
+        self._plan = kernels.plan([o.param for o in owned])
         self._fired = [0] * len(owned)
         self._hooks = [
             o.param.register_post_accumulate_grad_hook(lambda p, n=n: self._count(n)) for n, o in enumerate(owned)
@@ -100,9 +97,8 @@ class Engine(torch.optim.Optimizer):
         self._close()
         grads = self._reduced()
         self._scalars(grads)
-        for n, (o, g) in enumerate(zip(self.owned, grads, strict=True)):
-            state = {k: s.view(-1) for k, s in self.state[o.param].items()}
-            self._update(self.rule, o.param.view(-1), g.reshape(-1), state, self._table[n])
+        params = [o.param for o in self.owned]
+        self.rule.update_(params, grads, [self.state[p] for p in params], self._table, self._plan)
 
     def _close(self) -> None:
         """Checks that every parameter got a gradient from each of the step's backwards."""
@@ -137,10 +133,11 @@ class Engine(torch.optim.Optimizer):
         total = torch.where(ok, norms, 0).square().sum().sqrt()
         lr, scale, decay = torch.tensor([[g["lr"], g["scale"], g["decay"]] for g in self.param_groups], dtype=wide).T
         host = torch.stack([lr * scale, 1 - lr * decay], 1)
-        table[:, [LR, KEEP]] = host.to(table.device, non_blocking=True)[self._group_of]
-        table[:, CLIP] = (self.clip / (total + 1e-6)).clamp(max=1) if self.clip else 1
-        table[:, OK] = ok
-        table[:, T] = self._t + 1
+        table[:, [Column.LR, Column.KEEP]] = host.to(table.device, non_blocking=True)[self._group_of]
+        table[:, Column.CLIP] = (self.clip / (total + 1e-6)).clamp(max=1) if self.clip else 1
+        table[:, Column.OK] = ok
+        table[:, Column.T] = self._t + 1
+        table[:, Column.FIX1:] = self.rule.scalars(table[:, Column.T])
         self._t += ok
         skipped = (~ok).sum()
         self._in_a_row = torch.where(skipped > 0, self._in_a_row + 1, 0)
@@ -189,20 +186,3 @@ class Engine(torch.optim.Optimizer):
                 f"{state / 2**20:>7.1f} MiB{g['lr'] * g['scale']:>10.2e}{g['decay']:>8g}"
             )
         return "\n".join(rows)
-
-
-def update_(
-    rule: Adam,
-    w: Tensor,  # (n,) weights, any float dtype
-    g: Tensor,  # (n,) gradient, summed over micro-batches and ranks
-    state: dict[str, Tensor],  # (n,) each, in their stores' dtypes
-    h: Tensor,  # (8,) this parameter's row of the scalar table
-) -> None:
-    """The whole update of one parameter, in place; decay first, arithmetic in fp32 (float64 weights: float64)."""
-    wide = torch.float64 if w.dtype == torch.float64 else torch.float32
-    ok = h[OK] > 0
-    direction, new = rule.direction({k: s.to(wide) for k, s in state.items()}, g.to(wide) * h[CLIP], h[T])
-    w.copy_(torch.where(ok, w.to(wide) * h[KEEP] - h[LR] * direction, w.to(wide)))
-    seed = h[T].to(torch.int64) * 65536 + h[INDEX].to(torch.int64)
-    for k, kept in state.items():
-        kept.copy_(torch.where(ok, moments.round_to(new[k], kept, rule.moments[k], seed), kept))

@@ -59,5 +59,6 @@ def test_all_problems_at_once():
 
 
 def test_configuration_imports_neither_torch_nor_the_readers():
-    code = "import data.config, sys; sys.exit(bool({'torch', 'numpy', 'pyarrow'} & set(sys.modules)))"
-    assert subprocess.run([sys.executable, "-c", code], cwd=Path(__file__).parents[1]).returncode == 0
+    for module, unwanted in (("config", {"torch", "numpy", "pyarrow"}), ("worker", {"torch", "pyarrow"})):
+        code = f"import data.{module}, sys; sys.exit(bool({unwanted} & set(sys.modules)))"
+        assert subprocess.run([sys.executable, "-c", code], cwd=Path(__file__).parents[1]).returncode == 0

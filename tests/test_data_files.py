@@ -151,7 +151,7 @@ DAMAGE = {
     "txt bad utf-8": ("b.txt", b"x\n" * 9000 + b"caf\xe9\n", ["x\n" * 8191 + "x"], ":9001:"),
     "txt cut": (
         "b.txt.gz",
-        gzip.compress(b"y\n" * 8192 + b"half a pie") + gzip.compress(b"ce")[:9],
+        gzip.compress(b"y\n" * 8192 + b"half\na pie") + gzip.compress(b"ce")[:9],
         ["y\n" * 8191 + "y"],
         ":",
     ),
@@ -195,6 +195,8 @@ def test_damage_leaves_exactly_the_tokens_of_the_good_documents(tmp_path, case, 
     with caplog.at_level(logging.WARNING, "subspan"):
         x, state, damaged = rows(bad, model, validation)
     assert np.array_equal(x, rows(clean, model, validation)[0])
+    texts, damage = read(bad / name)
+    assert texts == good and damage.damaged == 1  # one place is counted once
     assert damaged >= 1 and place in caplog.text and name in caplog.text
     again = rows(bad, model, validation, state, 3)[0]
     assert np.array_equal(again, x[8 * 5 : 8 * 8])  # the damage does not shift a position either

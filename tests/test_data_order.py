@@ -127,6 +127,16 @@ def test_each_epoch_has_every_document_once_in_another_order(datasets):
     assert any(names[i].split("-")[0] != names[i + 1].split("-")[0] for i in range(3))  # files mix in a block
 
 
+def test_each_block_of_each_epoch_is_permuted_in_its_own_way(tmp_path):
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps({"text": str(i)}) + "\n" for i in range(200)))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(source, "BLOCK_DOCUMENTS", 100)
+        blocks = Source([str(tmp_path / "a.jsonl")], seed=1).blocks(Cursor(), Damage())
+        orders = [[int(text) % 100 for text in next(blocks)[1]] for _ in range(4)]
+    assert all(sorted(order) == list(range(100)) for order in orders)
+    assert len(set(map(tuple, orders))) == 4
+
+
 def test_another_seed_is_another_order(datasets, folder):
     assert not np.array_equal(read(datasets["dense"], 6, 2)[0], read(dataset(folder, seed=6), 6, 2)[0])
 
@@ -149,6 +159,11 @@ def test_the_state_is_small_and_names_what_it_refers_to(datasets, folder):
         datasets["paper"].loader(6, state=state)
     with pytest.raises(DataError, match="seed=6: .*5"):
         dataset(folder, seed=6).loader(6, state=state)
+
+
+def test_a_negative_seed_is_refused(folder):
+    with pytest.raises(DataError, match="seed=-1: "):
+        dataset(folder, seed=-1)
 
 
 def test_rows_must_divide_among_the_ranks(datasets):

@@ -90,8 +90,10 @@ def test_only_the_beginning_of_the_text_is_used(files, tmp_path, monkeypatch):
 
 
 def test_long_lines_are_trained_on(tmp_path):
-    (tmp_path / "t.txt").write_text(" ".join(TEXT.split()))  # one line past SentencePiece's limit
+    (tmp_path / "t.txt").write_text(" ".join(TEXT.split()) * 3)  # one line past SentencePiece's limit
     assert Tokenizer(tokenizer.trained(Source([str(tmp_path / "t.txt")]), 330, tmp_path)).vocab_size == 330
+    sentences = list(tokenizer._sentences([b"word " * 2000, b"a\nb"]))
+    assert "".join(sentences) == "word " * 2000 + "ab" and max(map(len, sentences)) <= 4192
 
 
 @pytest.mark.parametrize("size", [100, 3000])
@@ -112,6 +114,11 @@ def test_a_file_of_ones_own(files, trained):
         (files / "bad.model").write_bytes(content)
         with pytest.raises(DataError, match="data.tokenizer=.*bad.model: not a SentencePiece model"):
             data(files, tokenizer=str(files / "bad.model"))
+
+
+def test_a_cache_that_cannot_be_written(files):
+    with pytest.raises(DataError, match="data.cache=.*/v.txt: a tokenizer cannot be kept there"):
+        data(files, cache="v.txt")
 
 
 def model(**settings):

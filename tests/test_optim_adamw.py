@@ -6,7 +6,8 @@ import pytest
 import torch
 from torch import nn
 
-from optim import attach, moments
+import kernels
+from optim import attach
 from optim.rules.adam import Adam
 
 
@@ -235,27 +236,40 @@ def test_bf16_second_moment_falls_as_it_should():
 
 def test_stochastic_rounding_is_unbiased_and_a_function_of_the_seed():
     x = torch.rand(4096) * 3 + 1e-3
-    draws = [moments.stochastic_bf16(x, torch.tensor(s)).float() for s in range(200)]
+
+    def draw(t, index=0):
+        return kernels.stochastic_bf16(x, torch.tensor(float(t)), torch.tensor(float(index))).float()
+
+    draws = [draw(t) for t in range(200)]
     step = 2.0 ** (torch.floor(torch.log2(x)) - 7)  # one bf16 unit in the last place
     assert all(((d - x).abs() < step).all() for d in draws)
     mean_error = (torch.stack(draws).mean(0) - x) / step
     assert mean_error.abs().max() < 6 * 0.5 / 200**0.5  # sd of one draw is at most half a unit
     assert mean_error.mean().abs() < 4 * 0.5 / (200 * 4096) ** 0.5
-    assert torch.equal(draws[3], moments.stochastic_bf16(x, torch.tensor(3)).float())
-    assert not torch.equal(draws[3], draws[4])
+    assert torch.equal(draws[3], draw(3))
+    assert not torch.equal(draws[3], draws[4]) and not torch.equal(draws[3], draw(3, index=1))
     special = torch.tensor([float("inf"), -float("inf"), 0.0, 1.0])
-    assert torch.equal(moments.stochastic_bf16(special, torch.tensor(0)).float(), special)
+    assert torch.equal(kernels.stochastic_bf16(special, torch.tensor(1.0), torch.tensor(0.0)).float(), special)
 
 
-def test_adam_first_step_and_bound():
-    """|direction| = 1 at t = 1 (eps 0); at any t at most (1 - b1) / sqrt((1 - b2)(1 - b1^2 / b2)) = 7.27."""
-    rule = Adam(eps=0.0)
-    g = torch.randn(100, dtype=torch.float64)
-    state = {k: torch.zeros_like(g) for k in rule.moments}
-    direction, state = rule.direction(state, g, torch.tensor(1.0, dtype=torch.float64))
-    torch.testing.assert_close(direction.abs(), torch.ones_like(g), rtol=1e-12, atol=0)
+def test_adam_is_bounded():
+    """One weight at lr 1: |step| = 1 at t = 1, at most (1 - b1) / sqrt((1 - b2)(1 - b1^2 / b2)) = 7.27 ever (eps 0)."""
+    model = nn.Linear(1, 100, bias=False).double()
+    opt = attach(model, "adamw", lr=1.0, eps=1e-300)
     bound = 0.1 / ((1 - 0.999) * (1 - 0.81 / 0.999)) ** 0.5
-    for t in range(2, 60):
-        g = torch.randn(100, dtype=torch.float64) * 10 ** torch.empty(100, dtype=torch.float64).uniform_(-3, 3)
-        direction, state = rule.direction(state, g, torch.tensor(float(t), dtype=torch.float64))
-        assert direction.abs().max() <= bound
+    for t in range(1, 60):
+        before = model.weight.detach().clone()
+        x = torch.randn(1, 1, dtype=torch.float64) * 10 ** torch.empty(1, 1, dtype=torch.float64).uniform_(-3, 3)
+        model(x).sum().backward()
+        opt.step()
+        opt.zero_grad()
+        moved = (model.weight - before).abs()
+        assert moved.max() <= bound * (1 + 1e-9)
+        if t == 1:
+            torch.testing.assert_close(moved, torch.ones_like(moved), rtol=1e-9, atol=0)
+
+
+def test_bias_corrections_keep_their_digits():
+    got = Adam().scalars(torch.tensor([1.0, 2.0, 1000.0]))
+    want = torch.tensor([[1 - b**t for b in (0.9, 0.999)] for t in (1, 2, 1000)])
+    torch.testing.assert_close(got, want, rtol=2e-7, atol=0)

@@ -1,0 +1,10 @@
+"""Fused updates: a Triton kernel beside a plain torch reference that says what it computes. Imports torch and triton only.
+
+`impl` chooses: "ref" anywhere and in any float dtype, "triton" on CUDA (on the CPU only under Triton's interpreter),
+"auto" Triton on CUDA and the reference elsewhere. It is an argument, resolved at the call.
+"""
+
+from .dispatch import adam_, choose, plan
+from .reference import Column, stochastic_bf16
+
+__all__ = ["Column", "adam_", "choose", "plan", "stochastic_bf16"]
