@@ -43,8 +43,9 @@ $(READY): pyproject.toml constraints.txt
 	  $(PYTHON) -m venv --clear $(VENV) || { \
 	    echo "make: $(PYTHON) cannot make environments; on Debian and Ubuntu: apt install python3-venv" >&2; exit 2; }; fi
 	@echo "[2/3] installing torch: a download of 200 MB (CPU) to 3 GB (CUDA), some minutes"
+	@command -v nvidia-smi >/dev/null || echo "      (no NVIDIA GPU here: see PIP_ARGS in 'make help' for the smaller download)"
 	@$(PY) -m pip install $(PIP_ARGS) -c constraints.txt torch
-	@echo "[3/3] installing the other packages: about 250 MB, a minute or two"
+	@echo "[3/3] installing the other packages: about 500 MB, a few minutes"
 	@$(PY) -m pip install --quiet $(PIP_ARGS) -c constraints.txt -e '.[test]'
 	@$(PY) -c 'import torch; print("ready: torch", torch.__version__, "on a GPU" if torch.cuda.is_available() else "on the CPU")'
 	@touch $@
