@@ -37,8 +37,9 @@ def _noise(element, t, index):
 
 @triton.jit
 def _update(
-    w_ptr, g_ptr, m_ptr, v_ptr, at, mask, row, beta1, beta2, eps, MOMENT: tl.constexpr, MASKED: tl.constexpr
-):
+    w_ptr, g_ptr, m_ptr, v_ptr, at, mask, row, beta1, rest1, beta2, rest2, eps,
+    MOMENT: tl.constexpr, MASKED: tl.constexpr,
+):  # fmt: skip
     if MASKED:
         w = tl.load(w_ptr + at, mask=mask, other=0.0)
         g = tl.load(g_ptr + at, mask=mask, other=0.0).to(tl.float32)
@@ -50,8 +51,8 @@ def _update(
         m = tl.load(m_ptr + at).to(tl.float32)
         v = tl.load(v_ptr + at).to(tl.float32)
     g = g * tl.load(row + 2)
-    m = beta1 * m + (1 - beta1) * g
-    v = beta2 * v + (1 - beta2) * g * g
+    m = beta1 * m + rest1 * g
+    v = beta2 * v + rest2 * g * g
     direction = (m / tl.load(row + 6)) / (tl.sqrt(v / tl.load(row + 7)) + eps)
     new = (w.to(tl.float32) * tl.load(row + 1) - tl.load(row) * direction).to(w.dtype)
     if MOMENT == tl.bfloat16:
@@ -73,7 +74,9 @@ def adam_kernel(
     blocks,  # (programs, 2) int32: tensor, block in it
     table,  # (tensors, 8) fp32: reference.Column
     beta1,
+    rest1,  # 1 - beta1, from the host's float64: in fp32 1 - 0.999 is off by 1.3e-5 of itself
     beta2,
+    rest2,
     eps,
     WEIGHT: tl.constexpr,
     GRAD: tl.constexpr,
@@ -94,9 +97,9 @@ def adam_kernel(
     at = tl.multiple_of(first, BLOCK) + tl.arange(0, BLOCK)
     if tl.load(row + 3) > 0:  # a non-finite gradient leaves everything as it was
         if first + BLOCK <= n:
-            _update(w_ptr, g_ptr, m_ptr, v_ptr, at, at < n, row, beta1, beta2, eps, MOMENT, False)
+            _update(w_ptr, g_ptr, m_ptr, v_ptr, at, at < n, row, beta1, rest1, beta2, rest2, eps, MOMENT, False)
         else:
-            _update(w_ptr, g_ptr, m_ptr, v_ptr, at, at < n, row, beta1, beta2, eps, MOMENT, True)
+            _update(w_ptr, g_ptr, m_ptr, v_ptr, at, at < n, row, beta1, rest1, beta2, rest2, eps, MOMENT, True)
 
 
 def block_table(sizes: list[int], device: torch.device, block: int = BLOCK) -> Tensor:
@@ -117,7 +120,7 @@ def launch(
     ]
     addresses = torch.tensor(rows, dtype=torch.int64).to(table.device, non_blocking=True)
     adam_kernel[(len(blocks),)](
-        addresses, blocks, table, beta1, beta2, eps,
+        addresses, blocks, table, beta1, 1 - beta1, beta2, 1 - beta2, eps,
         WEIGHT=DTYPES[ws[0].dtype], GRAD=DTYPES[gs[0].dtype], MOMENT=DTYPES[ms[0].dtype],
         BLOCK=BLOCK, num_warps=WARPS,
     )  # fmt: skip

@@ -15,8 +15,8 @@ failed = False
 for weight, grad, moment in adam.VARIANTS:
     constants = {"WEIGHT": adam.DTYPES[weight], "GRAD": adam.DTYPES[grad], "MOMENT": adam.DTYPES[moment]}
     constants["BLOCK"] = adam.BLOCK
-    signature = {"addresses": "*i64", "blocks": "*i32", "table": "*fp32", "beta1": "fp32", "beta2": "fp32", "eps": "fp32"}
-    signature |= dict.fromkeys(constants, "constexpr")
+    signature = {"addresses": "*i64", "blocks": "*i32", "table": "*fp32"}
+    signature |= dict.fromkeys(("beta1", "rest1", "beta2", "rest2", "eps"), "fp32") | dict.fromkeys(constants, "constexpr")
     for card in CARDS:
         source = ASTSource(adam.adam_kernel, signature, constants)
         kernel = triton.compile(source, target=GPUTarget("cuda", card, 32), options={"num_warps": adam.WARPS})
