@@ -30,7 +30,10 @@ from llama.config import ModelConfig
 from optim import Comm
 from train import Run
 
-CASES = {"llama_60m": (65_536, 256), "llama_1b": (4_096, 16)}  # model: (tokens a step, sequences a micro-batch)
+CASES = {
+    "llama_60m": (65_536, 256),
+    "llama_1b": (4_096, 16),
+}  # model: (tokens a step, sequences a micro-batch)
 BLOCK_S = 2.0  # seconds of steps in a block
 PACKAGES = ("torch", "triton", "transformers", "bitsandbytes", "liger-kernel")
 
@@ -38,11 +41,24 @@ PACKAGES = ("torch", "triton", "transformers", "bitsandbytes", "liger-kernel")
 class Ours:
     """The training loop's own step, with its loader and its metrics."""
 
-    def __init__(self, model: str, tokens: int, micro: int, folder: str, moments: str, steps: int = 100_000) -> None:
+    def __init__(
+        self, model: str, tokens: int, micro: int, folder: str, moments: str, steps: int = 100_000
+    ) -> None:
         self.scratch = tempfile.TemporaryDirectory()
         cfg = parse(
-            [f"model={model}", "data=tokens", f"data.train={folder}", f"tokens_per_step={tokens}", f"steps={steps}"]
-            + [f"micro_batch={micro}", f"run.dir={self.scratch.name}", "optim.lr=1e-4", f"optim.moments={moments}"]
+            [
+                f"model={model}",
+                "data=tokens",
+                f"data.train={folder}",
+                f"tokens_per_step={tokens}",
+                f"steps={steps}",
+            ]
+            + [
+                f"micro_batch={micro}",
+                f"run.dir={self.scratch.name}",
+                "optim.lr=1e-4",
+                f"optim.moments={moments}",
+            ]
         ).resolved()
         self.run = Run(cfg, Comm.from_env(), Path(self.scratch.name), None)
         self.done = 0
@@ -117,7 +133,9 @@ def compare(model: str, folder: str, moments: str, pairs: int) -> dict[str, Any]
         sides[name].steps(4)  # compiles
         torch.cuda.reset_peak_memory_stats()
         counts[name] = max(5, round(BLOCK_S / timed(sides[name], 5)))
-        peaks[name] = (torch.cuda.max_memory_allocated() - before) / 2**30  # `before`: what the other side holds
+        peaks[name] = (
+            torch.cuda.max_memory_allocated() - before
+        ) / 2**30  # `before`: what the other side holds
     times: dict[str, list[float]] = {"ours": [], "peer": []}
     for _ in range(pairs):
         for name, side in sides.items():
@@ -127,7 +145,8 @@ def compare(model: str, folder: str, moments: str, pairs: int) -> dict[str, Any]
     rate = {name: tokens / median(t) for name, t in times.items()}
     return {
         "what": f"{model} adamw, {tokens} tokens a step, moments {moments}",
-        "peer": "transformers, torch.compile, " + ("bitsandbytes AdamW 32-bit" if moments == "fp32" else "torch fused AdamW"),
+        "peer": "transformers, torch.compile, "
+        + ("bitsandbytes AdamW 32-bit" if moments == "fp32" else "torch fused AdamW"),
         "tokens_per_s": round(rate["ours"]),
         "peer_tokens_per_s": round(rate["peer"]),
         "ratio": round(median(p / o for o, p in zip(times["ours"], times["peer"], strict=True)), 4),
@@ -141,7 +160,9 @@ def compare(model: str, folder: str, moments: str, pairs: int) -> dict[str, Any]
     }
 
 
-def loader_rate(cfg: data.DataConfig, what: str, seconds: float = 10.0, vocab: int = 32_000) -> dict[str, Any]:
+def loader_rate(
+    cfg: data.DataConfig, what: str, seconds: float = 10.0, vocab: int = 32_000
+) -> dict[str, Any]:
     """Tokens a second that the loader alone delivers, after its first step."""
     dataset = data.build(cfg, vocab_size=vocab, seq_len=256, seed=0)
     with dataset.loader(256) as loader:
@@ -162,7 +183,10 @@ def facts(commit: str | None) -> dict[str, Any]:
             versions[name] = version(name)
         except PackageNotFoundError:
             pass
-    commit = commit or subprocess.run(["git", "describe", "--always", "--dirty"], capture_output=True, text=True).stdout
+    commit = (
+        commit
+        or subprocess.run(["git", "describe", "--always", "--dirty"], capture_output=True, text=True).stdout
+    )
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else "none"
     return {"gpu": gpu, "versions": versions, "commit": commit.strip(), "date": time.strftime("%Y-%m-%d")}
 

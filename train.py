@@ -32,7 +32,7 @@ from llama.card import peak_flops
 from llama.config import flops_per_token, num_params
 from llama.eval import evaluate
 from llama.generate import generate
-from llama.model import build_model, compile_blocks
+from llama.model import Llama, build_model, compile_blocks
 from optim import Comm
 
 log = logging.getLogger("subspan")
@@ -41,8 +41,26 @@ SKIPPED_IN_A_ROW = 10  # steps in a row with a non-finite gradient before the ru
 
 # Settings that may differ from those of the save that a run goes on from; any other change is refused.
 MAY_CHANGE = (
-    *("steps", "eval_every", "save_every", "keep_last", "log", "compile", "micro_batch", "run.", "data.workers"),
-    *("data.cache", "data.validation", "optim.lr", "optim.warmup", "optim.schedule", "optim.min_lr_ratio", "optim.clip"),
+    *(
+        "steps",
+        "eval_every",
+        "save_every",
+        "keep_last",
+        "log",
+        "compile",
+        "micro_batch",
+        "run.",
+        "data.workers",
+    ),
+    *(
+        "data.cache",
+        "data.validation",
+        "optim.lr",
+        "optim.warmup",
+        "optim.schedule",
+        "optim.min_lr_ratio",
+        "optim.clip",
+    ),
 )
 
 
@@ -55,8 +73,12 @@ class Run:
 
     def __init__(self, cfg: Config, comm: Comm, folder: Path, source: Path | None) -> None:
         self.cfg, self.comm, self.folder, self.source = cfg, comm, folder, source
+        assert cfg.steps is not None and cfg.optim.lr is not None  # Config.resolved filled them
+        self.steps, self.lr = cfg.steps, cfg.optim.lr
         cuda = comm.device.type == "cuda"
-        self.dtype = torch.bfloat16 if (cfg.weights or ("bf16" if cuda else "fp32")) == "bf16" else torch.float32
+        self.dtype = (
+            torch.bfloat16 if (cfg.weights or ("bf16" if cuda else "fp32")) == "bf16" else torch.float32
+        )
         self.dataset = comm.node_first(
             lambda: data.build(cfg.data, vocab_size=cfg.model.vocab_size, seq_len=cfg.seq_len, seed=cfg.seed)
         )
@@ -84,15 +106,16 @@ class Run:
         if comm.rank == 0:
             self.announce()
             shutil.copyfile(self.dataset.tokenizer.path, folder / "tokenizer.model")
-            flops, self.mfu_source = peak_flops(comm.device, torch.bfloat16 if cuda else torch.float32)
             self.book = metrics.Metrics(
                 folder,
                 start=self.start,
-                steps=cfg.steps,
+                steps=self.steps,
                 flops_per_token=flops_per_token(cfg.model, cfg.seq_len),
-                peak_flops=flops * comm.world,
+                peak_flops=peak_flops(comm.device) * comm.world if cuda else None,
                 device=comm.device,
-                sinks=metrics.open_sinks([cfg.log] if isinstance(cfg.log, str) else cfg.log, folder, asdict(cfg)),
+                sinks=metrics.open_sinks(
+                    [cfg.log] if isinstance(cfg.log, str) else cfg.log, folder, asdict(cfg)
+                ),
             )
 
     def step(self, step: int, batch: data.Batch, valid: int) -> None:
@@ -100,7 +123,9 @@ class Run:
         micro-batches' losses is the mean over tokens whatever their lengths."""
         lr = self.set_lr(step)
         total = torch.zeros((), dtype=torch.float32, device=self.comm.device)
-        for x, y in zip(batch.x.split(self.cfg.micro_batch), batch.y.split(self.cfg.micro_batch), strict=True):
+        for x, y in zip(
+            batch.x.split(self.cfg.micro_batch), batch.y.split(self.cfg.micro_batch), strict=True
+        ):
             x, y = (t.to(self.comm.device, non_blocking=True) for t in (x, y))
             with self.precision():
                 loss = self.model(x, y) / valid
@@ -120,8 +145,8 @@ class Run:
 
     def set_lr(self, step: int) -> float:
         o = self.cfg.optim
-        lr = o.lr * optim.factor(
-            step, self.cfg.steps, schedule=o.schedule, warmup=o.warmup, min_lr_ratio=o.min_lr_ratio
+        lr = self.lr * optim.factor(
+            step, self.steps, schedule=o.schedule, warmup=o.warmup, min_lr_ratio=o.min_lr_ratio
         )
         for group in self.opt.param_groups:
             group["lr"] = lr
@@ -131,13 +156,13 @@ class Run:
         cfg, stop, failed, saved = self.cfg, Signals(), False, self.start
         if self.start == 0:
             self.evaluate(0)
-        for step in range(self.start + 1, cfg.steps + 1):
+        for step in range(self.start + 1, self.steps + 1):
             batch = next(self.loader)
             valid, digest, asked, broken = self.comm.sums(batch.valid, batch.digest, stop.asked, failed)
             if broken:
                 raise Stopped(
-                    f"{SKIPPED_IN_A_ROW} steps in a row had non-finite gradients and were skipped (last step {step - 1}); "
-                    f"the newest save is step {saved}. Try a lower optim.lr, or optim.clip=1"
+                    f"{SKIPPED_IN_A_ROW} steps in a row had non-finite gradients and were skipped, the last at step "
+                    f"{step - 1}; the newest save is step {saved}. Try a lower optim.lr, or optim.clip=1"
                 )
             if asked:
                 if saved < step - 1:
@@ -146,7 +171,7 @@ class Run:
                 return
             self.step(step, batch, max(1, valid))
             self.stream = hashlib.sha256(f"{self.stream}{digest}".encode()).hexdigest()
-            last = step == cfg.steps
+            last = step == self.steps
             if self.book and (self.book.due() or last):
                 failed = any(row["skipped_in_a_row"] >= SKIPPED_IN_A_ROW for row in self.book.flush())
             if step % cfg.eval_every == 0 or last:
@@ -172,10 +197,10 @@ class Run:
             write_samples(self.folder, step, self.model, self.dataset.tokenizer)
             metrics.draw(self.folder)
             self.book.resume_clock()
-            if step == self.cfg.steps:
+            if step == self.steps:
                 self.book.line.print(
-                    f"validation perplexity {values['val_ppl']:.2f}; a unigram model of the same tokens"
-                    f" has {self.held_out.unigram_ppl:.2f}\nin {self.folder}: loss.png samples.txt metrics.jsonl"
+                    f"validation perplexity {values['val_ppl']:.2f}; a unigram model of the same tokens has"
+                    f" {self.held_out.unigram_ppl:.2f}\nin {self.folder}: loss.png samples.txt metrics.jsonl"
                 )
 
     def save(self, step: int) -> None:
@@ -186,7 +211,12 @@ class Run:
                 step,
                 self.model,
                 self.opt.state_dict()["state"],
-                {"data": self.position, "stream": self.stream, "tokens": self.book.tokens, "config": asdict(self.cfg)},
+                {
+                    "data": self.position,
+                    "stream": self.stream,
+                    "tokens": self.book.tokens,
+                    "config": asdict(self.cfg),
+                },
                 keep_last=self.cfg.keep_last,
                 write_config=self.write_config,
             )
@@ -196,7 +226,12 @@ class Run:
     def write_config(self, to: Path) -> None:
         t = self.dataset.tokenizer
         pretrained.write_config(
-            self.cfg.model, to, dtype=self.dtype, eos_token_id=t.eos_id, pad_token_id=t.pad_id, seq_len=self.cfg.seq_len
+            self.cfg.model,
+            to,
+            dtype=self.dtype,
+            eos_token_id=t.eos_id,
+            pad_token_id=t.pad_id,
+            seq_len=self.cfg.seq_len,
         )
 
     def restore(self, source: Path) -> dict[str, Any]:
@@ -212,7 +247,10 @@ class Run:
         log.info("device    %d x %s, weights %s", comm.world, card, str(self.dtype).removeprefix("torch."))
         log.info("model     %s parameters, vocabulary %d", f"{num_params(cfg.model):,}", cfg.model.vocab_size)
         log.info(
-            "data      %s, %s packing, %d validation tokens", cfg.data.name, cfg.data.packing, self.held_out.tokens
+            "data      %s, %s packing, %d validation tokens",
+            cfg.data.name,
+            cfg.data.packing,
+            self.held_out.tokens,
         )
         log.info(
             "step      %d tokens = %d rank(s) x %d micro-batch(es) x %d x %d; %d steps",
@@ -229,7 +267,7 @@ class Run:
 
 
 class Signals:
-    """SIGTERM and SIGUSR1 ask for a save and a clean end at the next step; so does Ctrl-C, a second one kills."""
+    """SIGTERM, SIGUSR1 and Ctrl-C ask for a save and a clean end at the next step; a second Ctrl-C kills."""
 
     def __init__(self) -> None:
         self.asked, self.name = False, "stopped"
@@ -242,18 +280,25 @@ class Signals:
             signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
-def write_samples(folder: Path, step: int, model: torch.nn.Module, tokenizer: data.Tokenizer) -> None:
+def write_samples(folder: Path, step: int, model: Llama, tokenizer: data.Tokenizer) -> None:
     """Replaces samples.txt by what the model writes now, older ones below."""
     path = folder / "samples.txt"
     before = path.read_text(encoding="utf-8") if path.exists() and step else ""
-    texts = [f"[{p}]{generate(model, tokenizer, p, tokens=60, seed=n)[len(p):]}" for n, p in enumerate(PROMPTS)]
+    texts = [
+        f"[{p}]{generate(model, tokenizer, p, tokens=60, seed=n)[len(p) :]}" for n, p in enumerate(PROMPTS)
+    ]
     path.write_text(f"=== step {step}\n" + "\n---\n".join(texts) + "\n\n" + before, encoding="utf-8")
 
 
 def prepare(cfg: Config) -> tuple[Path, Path | None]:
-    """Rank 0: the run folder and the save to go on from. ConfigError if its settings cannot be gone on with."""
+    """Rank 0: the run folder and the save to go on from. ConfigError if that cannot be."""
     folder = Path(cfg.run.dir) / str(cfg.run.name)
-    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as e:
+        raise ConfigError(
+            [f"run.dir={cfg.run.dir}: cannot make {folder} ({e.strerror}); name another"]
+        ) from None
     source = checkpoint.latest(folder)
     if source:
         changes = differences(checkpoint.read_state(source)["config"], asdict(cfg))

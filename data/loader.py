@@ -40,7 +40,9 @@ class Batch:
     y: Tensor  # (rows, seq_len) int64: the next token, IGNORE where none is scored
     state: dict[str, Any]  # the position after this batch over all ranks; JSON
     valid: int  # targets here that are scored
-    digest: int  # sum over the rows of CRC-32(x, place in the step): adds up over ranks to one number for a step
+    digest: (
+        int  # sum over the rows of CRC-32(x, place in the step): adds up over ranks to one number for a step
+    )
 
 
 @dataclass

@@ -97,9 +97,13 @@ def adam_kernel(
     at = tl.multiple_of(first, BLOCK) + tl.arange(0, BLOCK)
     if tl.load(row + 3) > 0:  # a non-finite gradient leaves everything as it was
         if first + BLOCK <= n:
-            _update(w_ptr, g_ptr, m_ptr, v_ptr, at, at < n, row, beta1, rest1, beta2, rest2, eps, MOMENT, False)
+            _update(
+                w_ptr, g_ptr, m_ptr, v_ptr, at, at < n, row, beta1, rest1, beta2, rest2, eps, MOMENT, False
+            )
         else:
-            _update(w_ptr, g_ptr, m_ptr, v_ptr, at, at < n, row, beta1, rest1, beta2, rest2, eps, MOMENT, True)
+            _update(
+                w_ptr, g_ptr, m_ptr, v_ptr, at, at < n, row, beta1, rest1, beta2, rest2, eps, MOMENT, True
+            )
 
 
 def block_table(sizes: list[int], device: torch.device, block: int = BLOCK) -> Tensor:

@@ -40,7 +40,9 @@ def plan(ws: list[Tensor]) -> Tensor | None:
 
 
 def adam_(
-    ws: list[Tensor],  # weights; all lists hold one tensor a parameter, any shape, updated in place but for gs
+    ws: list[
+        Tensor
+    ],  # weights; all lists hold one tensor a parameter, any shape, updated in place but for gs
     gs: list[Tensor],  # gradients
     ms: list[Tensor],  # first moments
     vs: list[Tensor],  # second moments
@@ -57,7 +59,9 @@ def adam_(
     if choose([*ws, *gs, *ms, *vs], wanted, (torch.float32, torch.bfloat16)) == "triton":
         from . import adam
 
-        adam.launch(ws, gs, ms, vs, table, plan(ws) if blocks is None else blocks, beta1, beta2, eps)
+        if blocks is None:
+            blocks = adam.block_table([w.numel() for w in ws], table.device)
+        adam.launch(ws, gs, ms, vs, table, blocks, beta1, beta2, eps)
         return
-    for n, four in enumerate(zip(ws, gs, ms, vs, strict=True)):
-        reference.adam(*(t.view(-1) for t in four), table[n], beta1, beta2, eps)
+    for n, (w, g, m, v) in enumerate(zip(ws, gs, ms, vs, strict=True)):
+        reference.adam(w.view(-1), g.view(-1), m.view(-1), v.view(-1), table[n], beta1, beta2, eps)

@@ -31,7 +31,9 @@ def folder(run: Path, step: int) -> Path:
 
 def complete(run: Path) -> list[Path]:
     """Complete saves of a run folder, newest first; a *.tmp folder is a save that never ended."""
-    return sorted((p for p in run.glob("checkpoints/step_????????") if (p / MANIFEST).is_file()), reverse=True)
+    return sorted(
+        (p for p in run.glob("checkpoints/step_????????") if (p / MANIFEST).is_file()), reverse=True
+    )
 
 
 def latest(run: Path) -> Path | None:
@@ -81,6 +83,8 @@ def save(
     save_file(weights, tmp / "model.safetensors", metadata={"format": "pt"})
     save_file(flat, tmp / "optim.safetensors")
     write_config(tmp)
+    for p in tmp.glob("*.safetensors"):  # written for the owner alone; as open as the others
+        p.chmod((tmp / "config.json").stat().st_mode)
     (tmp / "state.json").write_text(json.dumps({"step": step, **state}, indent=1))
     files = {p.name: {"bytes": p.stat().st_size, "sha256": sha256(p)} for p in sorted(tmp.iterdir())}
     (tmp / MANIFEST).write_text(json.dumps({"files": files}, indent=1))

@@ -12,7 +12,7 @@ import os
 import sys
 import time
 import uuid
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -38,11 +38,17 @@ class Metrics:
         start: int,  # the step the run goes on from; later rows of an interrupted try are cut off
         steps: int,
         flops_per_token: float,
-        peak_flops: float,  # of all ranks together
+        peak_flops: float | None,  # of all ranks together; None (a CPU): no MFU is shown
         device: torch.device,
         sinks: Sequence[Sink] = (),
     ) -> None:
-        self.path, self.start, self.steps, self.device, self.sinks = run / "metrics.jsonl", start, steps, device, sinks
+        self.path, self.start, self.steps, self.device, self.sinks = (
+            run / "metrics.jsonl",
+            start,
+            steps,
+            device,
+            sinks,
+        )
         self.flops_per_token, self.peak_flops = flops_per_token, peak_flops
         self.tokens = cut(self.path, start)
         self.file = open(self.path, "a", encoding="utf-8")  # noqa: SIM115 - open for the run's life
@@ -73,7 +79,9 @@ class Metrics:
         stacked = torch.stack([torch.stack([s[n].double() for n in names]) for _, s in self.pending]).tolist()
         now = time.perf_counter()
         rate = self.window / (now - self.since)
-        peak = torch.cuda.max_memory_allocated(self.device) / 2**30 if self.device.type == "cuda" else rss_gib()
+        peak = (
+            torch.cuda.max_memory_allocated(self.device) / 2**30 if self.device.type == "cuda" else rss_gib()
+        )
         rows = []
         for (row, _), values in zip(self.pending, stacked, strict=True):
             got = {n: (v if math.isfinite(v) else None) for n, v in zip(names, values, strict=True)}
@@ -113,10 +121,10 @@ class Metrics:
         rate = row["tokens_per_s"]
         done = row["step"] - self.start
         eta = (time.perf_counter() - self.begun) / done * (self.steps - row["step"])
-        mfu = rate * self.flops_per_token / self.peak_flops
+        mfu = f" mfu {rate * self.flops_per_token / self.peak_flops:.0%}" if self.peak_flops else ""
         return (
             f"{row['step']}/{self.steps} loss {loss} lr {row['lr']:.1e} {short(rate)} tok/s"
-            f" mfu {mfu:.0%} mem {row['peak_mem_gib']:.1f}G eta {duration(eta)}"
+            f"{mfu} mem {row['peak_mem_gib']:.1f}G eta {duration(eta)}"
         )
 
     def close(self) -> None:
@@ -204,9 +212,16 @@ def draw(run: Path) -> None:
         means.append(mean)
     ax.plot(tokens, means, color="C0", label="training, running mean")
     if val:
-        ax.plot(*zip(*val, strict=True), "o-", color="C1", ms=4, label=f"validation (last: {val[-1][1]:.3f} nats)")
+        ax.plot(
+            *zip(*val, strict=True), "o-", color="C1", ms=4, label=f"validation (last: {val[-1][1]:.3f} nats)"
+        )
     low, high = min([*losses, *(v for _, v in val)]), max([*losses[:1], *(v for _, v in val)])
-    ax.set(xlabel="tokens", ylabel="loss (nats per token)", title=run.name, ylim=(low - 0.05 * (high - low), high * 1.02))
+    ax.set(
+        xlabel="tokens",
+        ylabel="loss (nats per token)",
+        title=run.name,
+        ylim=(low - 0.05 * (high - low), high * 1.02),
+    )
     ax.xaxis.set_major_formatter(lambda x, _: short(x))
     ax.grid(alpha=0.3)
     ax.legend()
@@ -219,7 +234,7 @@ def draw(run: Path) -> None:
 
 def open_sinks(names: Sequence[str], run: Path, config: dict[str, Any]) -> list[Sink]:
     """wandb and TensorBoard, when asked. ImportError names the package that is missing."""
-    makers = {"wandb": Wandb, "tensorboard": TensorBoard}
+    makers: dict[str, Callable[[Path, dict[str, Any]], Sink]] = {"wandb": Wandb, "tensorboard": TensorBoard}
     return [makers[name](run, config) for name in names if name != "none"]
 
 
@@ -256,7 +271,9 @@ class TensorBoard:
         try:
             from torch.utils.tensorboard import SummaryWriter
         except ImportError as e:
-            raise ImportError("log=tensorboard: the package tensorboard is missing; pip install tensorboard") from e
+            raise ImportError(
+                "log=tensorboard: the package tensorboard is missing; pip install tensorboard"
+            ) from e
         self.writer = SummaryWriter(str(run / "tensorboard"))
         self.writer.add_text("config", "```\n" + json.dumps(config, indent=1) + "\n```")
 

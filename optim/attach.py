@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import torch
 import torch.distributed as dist
 from torch import nn
 
@@ -19,8 +18,8 @@ def attach(
     group: dist.ProcessGroup | None = None,
     reduce: str | None = None,
     **overrides: object,
-) -> torch.optim.Optimizer:
-    """An optimizer for `model`.
+) -> Engine:
+    """A torch.optim.Optimizer for `model`.
 
     method      "adamw"
     accum_steps backwards that make one step; gradients are summed over them, so divide the loss accordingly

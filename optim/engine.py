@@ -28,7 +28,6 @@ from .rules.adam import Adam
 Column = kernels.Column
 
 
-
 @dataclass
 class Owned:
     """One parameter and how it is trained."""
@@ -83,7 +82,8 @@ class Engine(torch.optim.Optimizer):
         self._plan = kernels.plan([o.param for o in owned])
         self._fired = [0] * len(owned)
         self._hooks = [
-            o.param.register_post_accumulate_grad_hook(lambda p, n=n: self._count(n)) for n, o in enumerate(owned)
+            o.param.register_post_accumulate_grad_hook(lambda p, n=n: self._count(n))
+            for n, o in enumerate(owned)
         ]
 
     def _count(self, n: int) -> None:
@@ -97,7 +97,7 @@ class Engine(torch.optim.Optimizer):
         self._close()
         grads = self._reduced()
         self._scalars(grads)
-        params = [o.param for o in self.owned]
+        params: list[Tensor] = [o.param for o in self.owned]
         self.rule.update_(params, grads, [self.state[p] for p in params], self._table, self._plan)
 
     def _close(self) -> None:
@@ -115,15 +115,15 @@ class Engine(torch.optim.Optimizer):
 
     def _reduced(self) -> list[Tensor]:
         """Gradients summed (reduce="mean": averaged) over ranks, in the order of `owned` on every rank."""
-        grads = [o.param.grad for o in self.owned]
-        assert all(g is not None for g in grads)
+        grads = [o.param.grad for o in self.owned if o.param.grad is not None]
+        assert len(grads) == len(self.owned)
         if self.group is not None:
             work = [dist.all_reduce(g, group=self.group, async_op=True) for g in grads]
             for w in work:
                 w.wait()
             if self.reduce == "mean":
                 torch._foreach_div_(grads, dist.get_world_size(self.group))
-        return grads  # type: ignore[return-value]
+        return grads
 
     def _scalars(self, grads: list[Tensor]) -> None:
         """Fills the table for this step, all on the device."""
@@ -131,13 +131,15 @@ class Engine(torch.optim.Optimizer):
         norms = torch.stack(torch._foreach_norm(grads, 2, dtype=wide))
         ok = torch.isfinite(norms)
         total = torch.where(ok, norms, 0).square().sum().sqrt()
-        lr, scale, decay = torch.tensor([[g["lr"], g["scale"], g["decay"]] for g in self.param_groups], dtype=wide).T
+        lr, scale, decay = torch.tensor(
+            [[g["lr"], g["scale"], g["decay"]] for g in self.param_groups], dtype=wide
+        ).T
         host = torch.stack([lr * scale, 1 - lr * decay], 1)
         table[:, Column.LR : Column.KEEP + 1] = host.to(table.device, non_blocking=True)[self._group_of]
         table[:, Column.CLIP] = (self.clip / (total + 1e-6)).clamp(max=1) if self.clip else 1
         table[:, Column.OK] = ok
         table[:, Column.T] = self._t + 1
-        table[:, Column.FIX1:] = self.rule.scalars(table[:, Column.T])
+        table[:, Column.FIX1 :] = self.rule.scalars(table[:, Column.T])
         self._t += ok
         skipped = (~ok).sum()
         self._in_a_row = torch.where(skipped > 0, self._in_a_row + 1, 0)
@@ -159,7 +161,9 @@ class Engine(torch.optim.Optimizer):
         for n, o in enumerate(self.owned):
             saved, kept = state[o.name], self.state[o.param]
             if saved.keys() - {"t"} != kept.keys():
-                raise ValueError(f"optimizer state of {o.name}: saved {sorted(saved)}, this method keeps {sorted(kept)}")
+                raise ValueError(
+                    f"optimizer state of {o.name}: saved {sorted(saved)}, this method keeps {sorted(kept)}"
+                )
             for k, tensor in kept.items():
                 if saved[k].shape != tensor.shape:
                     raise ValueError(
@@ -177,7 +181,9 @@ class Engine(torch.optim.Optimizer):
 
     def table(self) -> str:
         """What is trained how: one line a group of parameters, for the start of a run."""
-        rows = [f"{'parameters':<12}{'tensors':>8}{'numbers':>15}  {'rule':<6}{'state':>11}{'lr':>10}{'decay':>8}"]
+        rows = [
+            f"{'parameters':<12}{'tensors':>8}{'numbers':>15}  {'rule':<6}{'state':>11}{'lr':>10}{'decay':>8}"
+        ]
         for g in self.param_groups:
             numbers = sum(p.numel() for p in g["params"])
             state = sum(s.numel() * s.element_size() for p in g["params"] for s in self.state[p].values())

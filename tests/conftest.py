@@ -6,7 +6,9 @@ import random
 
 import pytest
 
-os.environ.setdefault("OMP_NUM_THREADS", "1")  # two test processes on two cores; also keeps CPU sums reproducible
+os.environ.setdefault(
+    "OMP_NUM_THREADS", "1"
+)  # two test processes on two cores; also keeps CPU sums reproducible
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 import torch  # noqa: E402 - after the variables above

@@ -34,7 +34,9 @@ def test_round_trip_and_keep_last(tmp_path):
     assert checkpoint.latest(tmp_path) == path
     assert checkpoint.read_state(path) == {"step": 3, "data": {"row": 7}, "tokens": 5}
     loaded = checkpoint.load_optim(path, torch.device("cpu"))
-    assert loaded.keys() == {"weight"} and all(torch.equal(loaded["weight"][k], v) for k, v in moments["weight"].items())
+    assert loaded.keys() == {"weight"} and all(
+        torch.equal(loaded["weight"][k], v) for k, v in moments["weight"].items()
+    )
     names = {"config.json", "model.safetensors", "optim.safetensors", "state.json", "manifest.json"}
     assert {p.name for p in path.iterdir()} == names
 

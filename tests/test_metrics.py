@@ -57,7 +57,9 @@ def test_the_live_line_fits_80_columns(tmp_path, rate, mem):
     row = {"step": 100_000, "loss": 14.1234, "lr": 1.25e-4, "tokens_per_s": rate, "peak_mem_gib": mem}
     line = b.describe(row)
     assert len(line) < 80
-    assert all(part in line for part in ("100000/150000", "14.123", "1.3e-04", "tok/s", "mfu 90%", "eta 25d00h"))
+    assert all(
+        part in line for part in ("100000/150000", "14.123", "1.3e-04", "tok/s", "mfu 90%", "eta 25d00h")
+    )
     b.close()
 
 
@@ -91,8 +93,7 @@ def test_peak_of_a_card_is_known_or_measured_never_guessed(name, peak):
 
 
 def test_measured_rate_is_plausible():
-    flops, source = card.peak_flops(torch.device("cpu"), torch.float32)
-    assert source == "measured" and 1e8 < flops < 1e14
+    assert 1e8 < card.measured_flops(torch.device("cpu"), torch.float32) < 1e14
 
 
 def test_plot_and_sinks(tmp_path):
@@ -141,7 +142,9 @@ def test_wandb_offline_is_written_and_read_back(tmp_path, monkeypatch):
         record = wandb_internal_pb2.Record()
         record.ParseFromString(raw)
         for item in record.history.item:
-            seen.setdefault(item.nested_key[0] if item.nested_key else item.key, []).append(json.loads(item.value_json))
+            seen.setdefault(item.nested_key[0] if item.nested_key else item.key, []).append(
+                json.loads(item.value_json)
+            )
     assert [round(x, 4) for x in seen["loss"]] == [5.0, 2.5, 1.6667]
     assert seen["val_loss"] == [1.5]
     assert (tmp_path / "wandb_id").read_text() in file.name

@@ -104,7 +104,9 @@ def test_micro_batches_equal_one_batch():
         opt1.step()
         opt1.zero_grad()
         for part in tokens.split(4):
-            logits = many["head"](many["layers"][2](many["layers"][1](many["layers"][0](many["embed"](part)))))
+            logits = many["head"](
+                many["layers"][2](many["layers"][1](many["layers"][0](many["embed"](part))))
+            )
             nn.functional.cross_entropy(logits, part, reduction="sum").div(16).backward()
         opt4.step()
         opt4.zero_grad()
@@ -249,7 +251,9 @@ def test_stochastic_rounding_is_unbiased_and_a_function_of_the_seed():
     assert torch.equal(draws[3], draw(3))
     assert not torch.equal(draws[3], draws[4]) and not torch.equal(draws[3], draw(3, index=1))
     special = torch.tensor([float("inf"), -float("inf"), 0.0, 1.0])
-    assert torch.equal(kernels.stochastic_bf16(special, torch.tensor(1.0), torch.tensor(0.0)).float(), special)
+    assert torch.equal(
+        kernels.stochastic_bf16(special, torch.tensor(1.0), torch.tensor(0.0)).float(), special
+    )
 
 
 def test_adam_is_bounded():
@@ -259,7 +263,9 @@ def test_adam_is_bounded():
     bound = 0.1 / ((1 - 0.999) * (1 - 0.81 / 0.999)) ** 0.5
     for t in range(1, 60):
         before = model.weight.detach().clone()
-        x = torch.randn(1, 1, dtype=torch.float64) * 10 ** torch.empty(1, 1, dtype=torch.float64).uniform_(-3, 3)
+        x = torch.randn(1, 1, dtype=torch.float64) * 10 ** torch.empty(1, 1, dtype=torch.float64).uniform_(
+            -3, 3
+        )
         model(x).sum().backward()
         opt.step()
         opt.zero_grad()

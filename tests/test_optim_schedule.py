@@ -14,9 +14,7 @@ from optim import factor
     st.sampled_from(["cosine", "linear", "constant"]),
 )
 def test_corners_and_shape(steps, warmup, ratio, schedule):
-    f = [
-        factor(s, steps, schedule=schedule, warmup=warmup, min_lr_ratio=ratio) for s in range(1, steps + 1)
-    ]
+    f = [factor(s, steps, schedule=schedule, warmup=warmup, min_lr_ratio=ratio) for s in range(1, steps + 1)]
     warm = round(warmup * steps)
     if warm:
         assert f[warm - 1] == 1.0
@@ -27,7 +25,9 @@ def test_corners_and_shape(steps, warmup, ratio, schedule):
         after = f[max(0, warm - 1) :]
         assert all(a >= b - 1e-15 for a, b in zip(after, after[1:], strict=False))
         jump = max((a - b for a, b in zip(after, after[1:], strict=False)), default=0)
-        assert jump <= 1.6 * (1 - ratio) / (steps - warm) + 1e-12  # continuous: slope of the cosine is at most pi/2
+        assert (
+            jump <= 1.6 * (1 - ratio) / (steps - warm) + 1e-12
+        )  # continuous: slope of the cosine is at most pi/2
     assert all(0 <= x <= 1 for x in f)
 
 

@@ -29,7 +29,12 @@ def result(run):
     state = checkpoint.read_state(path)
     files = {n: load_file(path / n) for n in ("model.safetensors", "optim.safetensors")}
     tensors = {f"{n}/{k}": t.numpy().tobytes() for n, f in files.items() for k, t in f.items()}
-    return {"step": state["step"], "data": state["data"], "stream": state["stream"], "tokens": state["tokens"]} | tensors
+    return {
+        "step": state["step"],
+        "data": state["data"],
+        "stream": state["stream"],
+        "tokens": state["tokens"],
+    } | tensors
 
 
 @pytest.fixture(scope="module")
@@ -68,7 +73,9 @@ def test_a_run_leaves_what_it_promises(whole):
 
 
 @pytest.mark.parametrize(("stop", "workers"), [(1, 0), (2, 0), (3, 0), (4, 0), (5, 0), (2, 2)])
-def test_stopped_anywhere_and_resumed_equals_uninterrupted(whole, command, tmp_path, monkeypatch, stop, workers):
+def test_stopped_anywhere_and_resumed_equals_uninterrupted(
+    whole, command, tmp_path, monkeypatch, stop, workers
+):
     args = command(tmp_path, f"data.workers={workers}")
     with monkeypatch.context() as patch:
         stop_after(patch, stop)
@@ -107,7 +114,15 @@ def test_a_longer_run_goes_on_and_says_what_changed(whole, command, tmp_path, ca
 
 
 @pytest.mark.parametrize(
-    "change", ["seq_len=16", "seed=1", "model.hidden_size=64", "data.packing=paper", "optim.beta2=0.95", "tokens_per_step=512"]
+    "change",
+    [
+        "seq_len=16",
+        "seed=1",
+        "model.hidden_size=64",
+        "data.packing=paper",
+        "optim.beta2=0.95",
+        "tokens_per_step=512",
+    ],
 )
 def test_a_change_that_cannot_be_gone_on_with_is_refused(whole, command, capfd, change):
     before = (whole / "config.yaml").read_bytes()
@@ -118,9 +133,22 @@ def test_a_change_that_cannot_be_gone_on_with_is_refused(whole, command, capfd, 
 
 
 def torchrun(n, args):
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(n), "--standalone", "train.py"]
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--nproc-per-node",
+        str(n),
+        "--standalone",
+        "train.py",
+    ]
     return subprocess.run(
-        [*command, *args], cwd=ROOT, env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=300
+        [*command, *args],
+        cwd=ROOT,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=300,
     )
 
 

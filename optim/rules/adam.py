@@ -24,7 +24,10 @@ class Adam:
 
         By expm1 in float64: 1 - 0.999 ** 1 in fp32 would lose four of its seven digits.
         """
-        fixes = [-torch.expm1(t.double() * math.log(b)) if b else torch.ones_like(t) for b in (self.beta1, self.beta2)]
+        fixes = [
+            -torch.expm1(t.double() * math.log(b)) if b else torch.ones_like(t)
+            for b in (self.beta1, self.beta2)
+        ]
         return torch.stack(fixes, 1).to(t.dtype)
 
     def update_(

@@ -57,13 +57,19 @@ for weight, grad, moment in VARIANTS:
         for name, *kinds in zip("wgmv", ours[:4], ref[:4], before, strict=True):
             worst[name] = max(ulps(*three) for three in zip(*kinds, strict=True))
         skipped = torch.equal(ours[0][4], guard[4])
-        moved = all(not torch.equal(a, b) for n, (a, b) in enumerate(zip(ours[0], guard, strict=True)) if n != 4)
+        moved = all(
+            not torch.equal(a, b) for n, (a, b) in enumerate(zip(ours[0], guard, strict=True)) if n != 4
+        )
         # the interpreter truncates fp32 -> bf16 where hardware rounds to nearest: one unit; fp32: eight roundings on the way, in another order.
         # v in bf16 is rounded by its own random bits and must agree but for an fp32 last place: one unit
-        allowed = {n: 1.0 if t[0].dtype == torch.bfloat16 else 8.0 for n, t in zip("wgmv", ref[:4], strict=True)}
+        allowed = {
+            n: 1.0 if t[0].dtype == torch.bfloat16 else 8.0 for n, t in zip("wgmv", ref[:4], strict=True)
+        }
         other = sum(int((a != b).sum()) for a, b in zip(ours[3], ref[3], strict=True)) / sum(SIZES)
         same_bits = moment != torch.bfloat16 or other < 1e-3
-        ok = skipped and moved and same_bits and worst["g"] == 0 and all(worst[n] <= allowed[n] for n in "wmv")
+        ok = (
+            skipped and moved and same_bits and worst["g"] == 0 and all(worst[n] <= allowed[n] for n in "wmv")
+        )
         failed |= not ok
         print("ok " if ok else "BAD", weight, moment, worst, "skipped" if skipped else "NOT SKIPPED")
 sys.exit(failed)
