@@ -4,7 +4,7 @@
 "auto" Triton on CUDA and the reference elsewhere. It is an argument, resolved at the call.
 """
 
-from .dispatch import adam_, choose, plan
+from .dispatch import adam_, choose, cross_entropy_, plan
 from .reference import Column, stochastic_bf16
 
-__all__ = ["Column", "adam_", "choose", "plan", "stochastic_bf16"]
+__all__ = ["Column", "adam_", "choose", "cross_entropy_", "plan", "stochastic_bf16"]

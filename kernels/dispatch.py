@@ -65,3 +65,14 @@ def adam_(
         return
     for n, (w, g, m, v) in enumerate(zip(ws, gs, ms, vs, strict=True)):
         reference.adam(w.view(-1), g.view(-1), m.view(-1), v.view(-1), table[n], beta1, beta2, eps)
+
+
+def cross_entropy_(
+    logits: Tensor, labels: Tensor, grad: bool, ignore: int = -100, impl: Impl = "auto"
+) -> Tensor:
+    """reference.cross_entropy_ with the same arguments: token losses, and the logits' gradient in their place."""
+    if choose([logits], impl, (torch.float32, torch.bfloat16)) == "ref":
+        return reference.cross_entropy_(logits, labels, grad, ignore)
+    from . import cross_entropy
+
+    return cross_entropy.launch(logits, labels, grad, ignore)

@@ -66,3 +66,24 @@ def random_bits(n: int, t: Tensor, index: Tensor) -> Tensor:
     for shift, factor in ((16, 0x7FEB352D), (15, 0x846CA68B)):
         h = ((h ^ (h >> shift)) * factor) & 0xFFFFFFFF
     return ((h ^ (h >> 16)) & 0xFFFF).to(torch.int32)
+
+
+def cross_entropy_(
+    logits: Tensor,  # (n, V) any float dtype; with grad overwritten by their gradient
+    labels: Tensor,  # (n,) int64, `ignore` where nothing is to be predicted
+    grad: bool,
+    ignore: int = -100,
+) -> Tensor:
+    """Token losses (n,), fp32 (float64 logits: float64): logsumexp(logits) - logits[label], 0 where ignored.
+
+    With grad the logits become the gradient of the plain sum, softmax - onehot, zero rows where ignored.
+    """
+    x = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    valid = labels != ignore
+    lse = torch.logsumexp(x, dim=1)
+    target = x.gather(1, torch.where(valid, labels, 0)[:, None])[:, 0]
+    if grad:
+        hit = torch.arange(x.shape[1], device=x.device) == labels[:, None]
+        p = torch.exp(x - lse[:, None])
+        logits.copy_(torch.where(valid[:, None], torch.where(hit, p - 1.0, p), 0.0))
+    return torch.where(valid, lse - target, 0.0)

@@ -17,15 +17,14 @@ N tokens, D width, V vocabulary.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from functools import cache
-from importlib import import_module
 from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+
+from . import kernels
 
 IGNORE = -100  # a label that counts nowhere
 # Logits in a chunk. GPU: 0.5 GiB in bf16, 8192 tokens of 32,000; fp32 dW is read and written once a chunk,
@@ -38,32 +37,25 @@ def linear_cross_entropy(
     weight: Tensor,  # (V, D) any float dtype
     labels: Tensor,  # (N,) int64, IGNORE where nothing is to be predicted
     *,
-    impl: Literal["auto", "chunked", "liger", "plain"] = "auto",
+    impl: Literal["chunked", "plain"] = "chunked",  # plain holds all logits and is the reference
     chunk: int | None = None,  # tokens in a chunk; None: from CHUNK
-    compiled: bool = False,  # compile the softmax part; acts on CUDA only
 ) -> Tensor:
-    """Sum of the token losses, an fp32 scalar (float64 for float64 inputs); 0 if all labels are ignored.
-
-    impl: auto is chunked; plain holds all logits and is the reference; liger needs the package liger-kernel.
-    """
+    """Sum of the token losses, an fp32 scalar (float64 for float64 inputs); 0 if all labels are ignored."""
     if impl == "plain":
         logits = F.linear(h, weight)
         return F.cross_entropy(
             logits.to(_accumulator(logits.dtype)), labels, ignore_index=IGNORE, reduction="sum"
         )
-    if impl == "liger":
-        return _liger(h, weight, labels)
     kind = h.device.type
     dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else h.dtype
     if chunk is None:
         chunk = max(1, CHUNK.get(kind, CHUNK["cuda"]) // weight.shape[0])
     pieces = max(1, -(-h.shape[0] // chunk))
-    chunk = max(1, -(-h.shape[0] // pieces))  # even pieces: one shape to compile for where the count divides
-    fused = compiled and kind == "cuda"
+    chunk = max(1, -(-h.shape[0] // pieces))  # even pieces: the last one is as large as the others
     if torch.is_grad_enabled() and (h.requires_grad or weight.requires_grad):
-        return _LinearCrossEntropy.apply(h, weight, labels, dtype, chunk, fused)
+        return _LinearCrossEntropy.apply(h, weight, labels, dtype, chunk)
     with torch.no_grad():
-        return _run(h, weight, labels, dtype, chunk, fused, False, False)[0]
+        return _run(h, weight, labels, dtype, chunk, False, False)[0]
 
 
 def _accumulator(dtype: torch.dtype) -> torch.dtype:
@@ -73,10 +65,10 @@ def _accumulator(dtype: torch.dtype) -> torch.dtype:
 class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, h: Tensor, weight: Tensor, labels: Tensor, dtype: torch.dtype, chunk: int, fused: bool
+        ctx: Any, h: Tensor, weight: Tensor, labels: Tensor, dtype: torch.dtype, chunk: int
     ) -> Tensor:
         need_h, need_weight = ctx.needs_input_grad[:2]
-        loss, dh, dw = _run(h, weight, labels, dtype, chunk, fused, need_h, need_weight)
+        loss, dh, dw = _run(h, weight, labels, dtype, chunk, need_h, need_weight)
         ctx.save_for_backward(dh, dw)
         ctx.dtypes = h.dtype, weight.dtype
         return loss
@@ -88,7 +80,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
             None if g is None else _scaled(g, grad, t)
             for g, t in zip(ctx.saved_tensors, ctx.dtypes, strict=True)
         ]
-        return *scaled, None, None, None, None
+        return *scaled, None, None, None
 
 
 def _scaled(g: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
@@ -105,7 +97,6 @@ def _run(
     labels: Tensor,
     dtype: torch.dtype,
     chunk: int,
-    fused: bool,
     need_h: bool,
     need_w: bool,
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
@@ -117,36 +108,16 @@ def _run(
         dh = torch.empty_like(h) if need_h else None
         dw = torch.zeros(weight.shape, dtype=acc, device=h.device) if need_w else None
         buffer = torch.empty(min(chunk, N), weight.shape[0], dtype=dtype, device=h.device)
-        softmax = _compiled_softmax() if fused else _softmax_
         for start in range(0, N, chunk):
             part = slice(start, start + chunk)
             rows = h[part]
             logits = torch.mm(rows, weight.t(), out=buffer[: rows.shape[0]])
-            nll[part] = softmax(logits, labels[part], need_h or need_w)
+            nll[part] = kernels.cross_entropy_(logits, labels[part], need_h or need_w, IGNORE)
             if dh is not None:
                 torch.mm(logits, weight, out=dh[part])
             if dw is not None:
                 _add_product_(dw, logits.t(), rows)
         return nll.sum(), dh, dw
-
-
-def _softmax_(logits: Tensor, labels: Tensor, grad: bool) -> Tensor:
-    """Token losses (n,), 0 where ignored; with grad, logits (n, V) become their own gradient, in place."""
-    x = logits.to(_accumulator(logits.dtype))
-    valid = labels != IGNORE
-    lse = torch.logsumexp(x, dim=1)
-    target = x.gather(1, labels.clamp(min=0)[:, None])[:, 0]
-    nll = torch.where(valid, lse - target, 0.0)
-    if grad:
-        hit = torch.arange(x.shape[1], device=x.device) == labels[:, None]  # an ignored label hits nothing
-        p = torch.exp(x - lse[:, None])
-        logits.copy_(torch.where(valid[:, None], torch.where(hit, p - 1.0, p), 0.0))
-    return nll
-
-
-@cache
-def _compiled_softmax() -> Callable[[Tensor, Tensor, bool], Tensor]:
-    return torch.compile(_softmax_, dynamic=False, fullgraph=True)
 
 
 def _add_product_(total: Tensor, a: Tensor, b: Tensor) -> None:
@@ -157,14 +128,3 @@ def _add_product_(total: Tensor, a: Tensor, b: Tensor) -> None:
         torch.addmm(total, a, b, out_dtype=total.dtype, out=total)  # bf16 operands, fp32 sum and result
     else:
         total.add_(torch.mm(a, b))
-
-
-def _liger(h: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
-    try:
-        liger = import_module("liger_kernel.ops.fused_linear_cross_entropy")
-    except ImportError as error:
-        raise ValueError(
-            "impl=liger: the package liger-kernel is missing; install it or use chunked"
-        ) from error
-    arguments = None, None, IGNORE, 0.0, 0.0, "sum", None, False, torch.float32  # the last: dW's accumulator
-    return liger.LigerFusedLinearCrossEntropyFunction.apply(h, weight, labels, *arguments)[0]

@@ -137,7 +137,6 @@ class Llama(nn.Module):
     def __init__(self, cfg: ModelConfig) -> None:
         super().__init__()
         self.cfg = cfg
-        self.compiled = False
         self.model = Decoder(cfg)
         if not cfg.tie_word_embeddings:  # tied: no lm_head in the state, as in Hugging Face's saved files
             self.lm_head = nn.Linear(cfg.hidden_size, cfg.vocab_size, bias=False)
@@ -158,9 +157,7 @@ class Llama(nn.Module):
         h = self.model(input_ids)
         if labels is None:
             return F.linear(h, self.head_weight)
-        return linear_cross_entropy(
-            h.flatten(0, 1), self.head_weight, labels.flatten(), compiled=self.compiled
-        )
+        return linear_cross_entropy(h.flatten(0, 1), self.head_weight, labels.flatten())
 
     @torch.no_grad()
     def init_weights(self, seed: int) -> None:
@@ -194,9 +191,9 @@ def build_model(cfg: ModelConfig, device: torch.device | str, dtype: torch.dtype
 
 
 def compile_blocks(model: Llama) -> None:
-    """Compile every block by itself, the last norm, and (on CUDA) the softmax of the loss. In place.
+    """Compile every block by itself, and the last norm, in place; no name changes.
 
-    No name changes. Blocks share their graphs: one for training, one for evaluation, for each input shape.
+    Blocks share their graphs: one for training, one for evaluation, for each input shape.
     Compiled one by one, a block's weight gradients are handed out as soon as that block's backward ends;
     compiled as a whole, the model would hold all of them to the end. A deepcopy runs its own weights.
     """
@@ -204,18 +201,15 @@ def compile_blocks(model: Llama) -> None:
     for layer in model.model.layers:
         layer.forward = MethodType(block, layer)
     model.model.norm.forward = MethodType(norm, model.model.norm)  # type: ignore[method-assign]
-    model.compiled = True
 
 
 @contextmanager
 def eager(model: Llama) -> Iterator[Llama]:
     """Inside, the model runs uncompiled: for shapes that change with every call, as in generation."""
     parts = [m for m in (*model.model.layers, model.model.norm) if "forward" in vars(m)]
-    saved, compiled = [vars(m).pop("forward") for m in parts], model.compiled
-    model.compiled = False
+    saved = [vars(m).pop("forward") for m in parts]
     try:
         yield model
     finally:
-        model.compiled = compiled
         for part, forward in zip(parts, saved, strict=True):
             part.forward = forward

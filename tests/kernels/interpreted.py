@@ -1,11 +1,13 @@
-"""Run in a process of its own by test_kernels.py, with TRITON_INTERPRET=1: the kernel's source on CPU tensors against the
-reference. Prints one line a case: dtypes, largest difference of weights and moments in units of the last place."""
+"""Run in a process of its own by test_kernels.py, with TRITON_INTERPRET=1: the kernels' source on CPU tensors.
+
+Each is compared with its reference; one line a case: dtypes and the largest differences, in units of the last place.
+"""
 
 import sys
 
 import torch
 
-from kernels import adam_, plan
+from kernels import adam_, cross_entropy_, plan
 from kernels.adam import VARIANTS
 from kernels.reference import Column
 
@@ -72,4 +74,26 @@ for weight, grad, moment in VARIANTS:
         )
         failed |= not ok
         print("ok " if ok else "BAD", weight, moment, worst, "skipped" if skipped else "NOT SKIPPED")
+for dtype in (torch.float32, torch.bfloat16):
+    for vocabulary in (1, 7, 4095, 4096, 4097, 9001):
+        g = torch.Generator().manual_seed(vocabulary)
+        logits = (torch.randn(5, vocabulary, generator=g) * 4).to(dtype)
+        logits[3] = torch.arange(vocabulary) % 7 * 30.0 - 90.0  # wide: exp of the plain logits would overflow
+        labels = torch.randint(vocabulary, (5,), generator=g)
+        labels[1] = -100
+        exact = logits.double()
+        want = cross_entropy_(exact, labels, True, impl="ref")
+        for grad in (False, True):
+            ours = logits.clone()
+            nll = cross_entropy_(ours, labels, grad, impl="triton")
+            off = (nll.double() - want).abs().max().item()
+            ok = off <= 4e-6 * want.abs().max().item() + 1e-6
+            if grad:  # bf16: one unit of each entry, as the interpreter truncates
+                unit = 2**-7 if dtype == torch.bfloat16 else 1e-6
+                ok &= ((ours.double() - exact).abs() <= unit * exact.abs() + 1e-6).all().item()
+                ok &= ours[1].abs().max().item() == 0
+            else:
+                ok &= torch.equal(ours, logits)
+            failed |= not ok
+            print("ok " if ok else "BAD", "cross-entropy", dtype, vocabulary, "grad" if grad else "loss", off)
 sys.exit(failed)
