@@ -16,6 +16,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from glob import glob
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from statistics import median
@@ -203,7 +204,8 @@ def main(argv: list[str]) -> int:
             jobs.append(lambda m=model, s=moments: compare(m, args["data"], s, int(args.get("pairs", 5))))
     jobs.append(lambda: loader_rate(data.DataConfig(name="tokens", train=args["data"]), "data=tokens"))
     if "loader" in args:
-        text = {"name": "local", "train": args["loader"], "validation": args["loader"]}
+        *train, last = sorted(glob(args["loader"]))
+        text = {"name": "local", "train": train, "validation": last}
         tokenizer = str(Path(args["data"]) / "tokenizer.model")
         for workers in (0, 4, 8):
             cfg = data.DataConfig(**text, tokenizer=tokenizer, workers=workers)

@@ -35,10 +35,10 @@ def cross_entropy_kernel(
     top = tl.full((BLOCK,), -1.0e30, tl.float32)
     total = tl.zeros((BLOCK,), tl.float32)
     for start in range(0, V, BLOCK):
-        inside = start + lane < V
-        x = tl.load(base + start + lane, mask=inside, other=-1.0e30).to(tl.float32)
+        at = start + lane
+        x = tl.load(base + at, mask=at < V, other=-1.0e30).to(tl.float32)  # beyond the end: adds exp(-huge) = 0
         new = tl.maximum(top, x)
-        total = total * tl.exp(top - new) + tl.where(inside, tl.exp(x - new), 0.0)
+        total = total * tl.exp(top - new) + tl.exp(x - new)
         top = new
     highest = tl.max(top, 0)
     lse = highest + tl.log(tl.sum(total * tl.exp(top - highest), 0))
