@@ -40,9 +40,7 @@ class Batch:
     y: Tensor  # (rows, seq_len) int64: the next token, IGNORE where none is scored
     state: dict[str, Any]  # the position after this batch over all ranks; JSON
     valid: int  # targets here that are scored
-    digest: (
-        int  # sum over the rows of CRC-32(x, place in the step): adds up over ranks to one number for a step
-    )
+    digest: int  # CRC-32(x, place in the step) summed over rows: adds up over ranks to one number a step
 
 
 @dataclass
@@ -112,9 +110,9 @@ class Dataset:
         for key, value in self._identity.items():
             if known.get(key) != value:
                 raise DataError(
-                    f"{key}={value}: the checkpoint was saved with {known.get(key)}, its position in the "
-                    "data means "
-                    "nothing here; give back what it had, or start another run with run.name=NAME"
+                    f"{key}={value}: the checkpoint was saved with {known.get(key)}, "
+                    "its position in the data means nothing here; "
+                    "give back what it had, or start another run with run.name=NAME"
                 )
         stream: Rows
         if self._shards is not None:
@@ -168,9 +166,8 @@ class Dataset:
         for shards in (train, validation):
             if shards.meta["tokenizer_sha256"] != tokenizer.sha256:
                 raise DataError(
-                    f"data.validation={held_out}: tokens of {shards.folder} were made with another "
-                    "tokenizer than "
-                    f"{tokenizer.path}; prepare both with one tokenizer"
+                    f"data.validation={held_out}: tokens of {shards.folder} were made with another tokenizer "
+                    f"than {tokenizer.path}; prepare both with one tokenizer"
                 )
         check_size(tokenizer, str(tokenizer.path), vocab_size)
         rows = ShardRows(train, self.cfg.packing, self.seq_len, self.seed, tokenizer.pad_id)
@@ -324,9 +321,8 @@ class Loader:
         """Stop the thread and the tokenizing processes."""
         self._closed.set()
         self._stream.close()
-        self._thread.join(
-            timeout=10
-        )  # a read over the network may take longer; the thread ends with the process
+        # A read over the network may take longer: the thread ends with the process.
+        self._thread.join(timeout=10)
 
     def _run(self) -> None:
         try:

@@ -28,8 +28,7 @@ class Dense(Generic[Where]):
         self._tokens, self._used = -skip, skip  # tokens held and not used; used of the first document held
 
     def take(self, rows: int) -> tuple[np.ndarray, np.ndarray, Where, int]:
-        """x, y (rows, seq_len) int64; the place of the next row: its first token's document and number "
-        "in it."""
+        """x, y (rows, seq_len) int64; the next row's place: its first token's document and number in that."""
         count = rows * self._seq_len
         while self._tokens < count + 1:  # one more: the last target is the next row's first token
             self._held.append(next(self._documents))
