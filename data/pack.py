@@ -62,6 +62,15 @@ class Paper(Generic[Where]):
         return x, y, here[0], 0
 
 
+def dense_rows(tokens: np.ndarray, seq_len: int, pad_id: int) -> tuple[np.ndarray, np.ndarray]:
+    """x, y (rows, seq_len) int32 of one stream that ends: the last row is padded, its y with IGNORE."""
+    count = len(tokens) - 1
+    size = -(-count // seq_len) * seq_len
+    x, y = np.full(size, pad_id, np.int32), np.full(size, IGNORE, np.int32)
+    x[:count], y[:count] = tokens[:-1], tokens[1:]
+    return x.reshape(-1, seq_len), y.reshape(-1, seq_len)
+
+
 def paper_rows(documents: list[np.ndarray], seq_len: int, pad_id: int) -> tuple[np.ndarray, np.ndarray]:
     """x, y (documents, seq_len) int64 from tokens that end with an end-of-text."""
     x = np.full((len(documents), seq_len), pad_id, np.int64)

@@ -154,3 +154,12 @@ def test_evaluation_scores_every_token_once(files, trained):
     few = found.validation(max_tokens=10)
     assert few.tokens == 10 and few.y.ravel()[:10].tolist() == tokens[1:11]
     assert found.validation() is scored
+
+
+@pytest.mark.parametrize("packing", ["dense", "paper"])
+def test_no_text_to_evaluate_on(files, tmp_path, packing):
+    empty = tmp_path / "v.txt"
+    empty.write_text("\n \n")
+    cfg = DataConfig("local", f"{files}/t.txt", str(empty), packing, cache=str(files / "cache"), workers=0)
+    with pytest.raises(DataError, match="data.validation=.*: holds no text to evaluate on"):
+        build(cfg, vocab_size=330, seq_len=16, seed=0).validation()
