@@ -1,11 +1,12 @@
 """Speed and memory on one GPU, ours beside peers: same shapes, data, batch and dtype, in one run on one card.
 
-    python bench.py data=FOLDER [out=bench.jsonl] [cases=llama_60m,llama_1b] [pairs=5] [loader=GLOB] [commit=ID]
+    python bench.py data=FOLDER [out=bench.jsonl] [cases=llama_60m,llama_1b] [pairs=5] [loader=GLOB]
+                    [commit=ID]
 
-FOLDER comes from `python -m data.prepare`. Each row of the record is one JSON object: what, sizes, GPU, versions, commit,
-numbers. Ours is `train.Run` itself: loader, logging and optimizer included. The peer is transformers' LlamaForCausalLM
-under torch.compile with a fused AdamW, fed by the same loader. Sides alternate in blocks of steps; the medians of the
-blocks count, and the ratio of each pair of neighbours.
+FOLDER comes from `python -m data.prepare`. Each row of the record is one JSON object: what, sizes, GPU,
+versions, commit, numbers. Ours is `train.Run` itself: loader, logging and optimizer included. The peer is
+transformers' LlamaForCausalLM under torch.compile with a fused AdamW, fed by the same loader. Sides alternate
+in blocks of steps; the medians of the blocks count, and the ratio of each pair of neighbours.
 """
 
 from __future__ import annotations
@@ -31,10 +32,8 @@ from llama.config import ModelConfig
 from optim import Comm
 from train import Run
 
-CASES = {
-    "llama_60m": (65_536, 256),
-    "llama_1b": (4_096, 16),
-}  # model: (tokens a step, sequences a micro-batch)
+# model: (tokens a step, sequences a micro-batch)
+CASES = {"llama_60m": (65_536, 256), "llama_1b": (4_096, 16)}
 BLOCK_S = 2.0  # seconds of steps in a block
 PACKAGES = ("torch", "triton", "transformers", "bitsandbytes", "liger-kernel")
 
@@ -77,8 +76,10 @@ class Ours:
 
 
 class Peer:
-    """transformers + torch.compile; moments fp32 through bitsandbytes' fused 32-bit AdamW (torch's fused one keeps its
-    state in the weights' dtype), bf16 through torch's fused AdamW."""
+    """transformers + torch.compile, with bf16 moments through torch's fused AdamW.
+
+    It keeps its state in the weights' dtype: fp32 moments go through bitsandbytes' fused 32-bit AdamW.
+    """
 
     def __init__(self, model: str, tokens: int, micro: int, folder: str, moments: str) -> None:
         from transformers import LlamaConfig, LlamaForCausalLM
@@ -134,9 +135,8 @@ def compare(model: str, folder: str, moments: str, pairs: int) -> dict[str, Any]
         sides[name].steps(4)  # compiles
         torch.cuda.reset_peak_memory_stats()
         counts[name] = max(5, round(BLOCK_S / timed(sides[name], 5)))
-        peaks[name] = (
-            torch.cuda.max_memory_allocated() - before
-        ) / 2**30  # `before`: what the other side holds
+        peak = torch.cuda.max_memory_allocated() - before  # `before`: what the other side holds
+        peaks[name] = peak / 2**30
     times: dict[str, list[float]] = {"ours": [], "peer": []}
     for _ in range(pairs):
         for name, side in sides.items():

@@ -1,4 +1,4 @@
-"""Trains a LLaMA. Read top to bottom: `Run` builds everything once, `Run.step` is a training step, `Run.loop` the rest.
+"""Trains a LLaMA. `Run` builds everything once, `Run.step` is a training step, `Run.loop` the rest.
 
     python train.py experiment=quickstart                     a laptop, under three minutes
     python train.py model=llama_60m data=c4                   one GPU
@@ -119,8 +119,8 @@ class Run:
             )
 
     def step(self, step: int, batch: data.Batch, valid: int) -> None:
-        """One update: `valid` is the number of targets over all micro-batches and ranks, so that the sum of the
-        micro-batches' losses is the mean over tokens whatever their lengths."""
+        """One update. `valid` is the number of targets over all micro-batches and ranks: with it the sum of
+        the micro-batches' losses is the mean over tokens, whatever their lengths."""
         lr = self.set_lr(step)
         total = torch.zeros((), dtype=torch.float32, device=self.comm.device)
         for x, y in zip(
@@ -161,8 +161,9 @@ class Run:
             valid, digest, asked, broken = self.comm.sums(batch.valid, batch.digest, stop.asked, failed)
             if broken:
                 raise Stopped(
-                    f"{SKIPPED_IN_A_ROW} steps in a row had non-finite gradients and were skipped, the last at step "
-                    f"{step - 1}; the newest save is step {saved}. Try a lower optim.lr, or optim.clip=1"
+                    f"{SKIPPED_IN_A_ROW} steps in a row had non-finite gradients and were skipped, "
+                    f"the last at step {step - 1}; the newest save is step {saved}. "
+                    "Try a lower optim.lr, or optim.clip=1"
                 )
             if asked:
                 if saved < step - 1:

@@ -11,14 +11,15 @@ from typing import TYPE_CHECKING, Any
 from .config import DamageLimit, DataConfig, DataError
 
 if TYPE_CHECKING:
-    from .loader import Batch, Dataset, EvalSet, Loader, build
+    from .evalset import EvalSet
+    from .loader import Batch, Dataset, Loader, build
     from .pack import IGNORE
     from .tokenizer import Tokenizer
 
 _HOME = {
     "Batch": "loader",
     "Dataset": "loader",
-    "EvalSet": "loader",
+    "EvalSet": "evalset",
     "IGNORE": "pack",
     "Loader": "loader",
     "Tokenizer": "tokenizer",

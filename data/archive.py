@@ -26,8 +26,8 @@ def split_name(path: str) -> tuple[str, str]:
     kind = os.path.splitext(stem)[1]
     if kind not in FORMATS:
         raise DataError(
-            f"{path}: not a kind of file that can be read; known are {' '.join(FORMATS)}, plain or with "
-            f"{' '.join(PACKED)}"
+            f"{path}: not a kind of file that can be read; "
+            f"known are {' '.join(FORMATS)}, plain or with {' '.join(PACKED)}"
         )
     return kind, packed
 

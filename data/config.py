@@ -70,8 +70,8 @@ class DataConfig:
             )
         if self.name == "local" and self.validation is None:
             found.append(
-                "data.validation=null: no text to evaluate on; set data.validation=GLOB, kept apart from "
-                "data.train"
+                "data.validation=null: no text to evaluate on; "
+                "set data.validation=GLOB, kept apart from data.train"
             )
         return found
 
@@ -89,8 +89,8 @@ class DataConfig:
         w = self.workers
         if w is not None and (not isinstance(w, int) or isinstance(w, bool) or not 0 <= w <= MAX_WORKERS):
             found.append(
-                f"data.workers={w}: not a number of processes from 0 to {MAX_WORKERS}; drop it for the "
-                "default"
+                f"data.workers={w}: not a number of processes from 0 to {MAX_WORKERS}; "
+                "drop it for the default"
             )
         return found
 

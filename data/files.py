@@ -77,8 +77,7 @@ def documents(path: str, start: int, damage: Damage) -> Iterator[tuple[int, str]
 
 
 def _lines(stream: BinaryIO, path: str, damage: Damage, number: int = 0) -> Iterator[bytes]:
-    """Lines up to the end or to damage, which is reported with the number of the line it cut and yields "
-    "b""."""
+    """Lines up to the end or to damage, which is reported with the number of the cut line and yields b""."""
     iterator = iter(stream)
     while True:
         try:

@@ -11,7 +11,7 @@ import os
 import queue
 import threading
 import zlib
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -21,8 +21,9 @@ import torch
 from torch import Tensor
 
 from .config import DataConfig, DataError, globs
+from .evalset import EvalSet, eval_set, first
 from .files import Damage
-from .pack import IGNORE, Dense, Paper
+from .pack import IGNORE, Dense, Paper, dense_rows, paper_rows
 from .shards import ShardRows, Shards
 from .source import Cursor, Source, text_sources
 from .tokenizer import Tokenizer, check_size, find_tokenizer
@@ -40,18 +41,7 @@ class Batch:
     y: Tensor  # (rows, seq_len) int64: the next token, IGNORE where none is scored
     state: dict[str, Any]  # the position after this batch over all ranks; JSON
     valid: int  # targets here that are scored
-    digest: (
-        int  # sum over the rows of CRC-32(x, place in the step): adds up over ranks to one number for a step
-    )
-
-
-@dataclass
-class EvalSet:
-    x: Tensor  # (N, seq_len) int32 on the CPU
-    y: Tensor  # (N, seq_len) int32; the last row ends in IGNORE
-    tokens: int  # scored targets
-    bytes: int  # of the text of the scored pieces
-    unigram_ppl: float  # exp of the entropy of the scored targets' own frequencies
+    digest: int  # CRC-32(x, place in the step) summed over rows: adds up over ranks to one number a step
 
 
 class Rows(Protocol):
@@ -112,9 +102,9 @@ class Dataset:
         for key, value in self._identity.items():
             if known.get(key) != value:
                 raise DataError(
-                    f"{key}={value}: the checkpoint was saved with {known.get(key)}, its position in the "
-                    "data means "
-                    "nothing here; give back what it had, or start another run with run.name=NAME"
+                    f"{key}={value}: the checkpoint was saved with {known.get(key)}, "
+                    "its position in the data means nothing here; "
+                    "give back what it had, or start another run with run.name=NAME"
                 )
         stream: Rows
         if self._shards is not None:
@@ -125,36 +115,50 @@ class Dataset:
         return Loader(stream, rows, rank, world, pin, self._identity)
 
     def validation(self, max_tokens: int = 10_000_000) -> EvalSet:
-        """The first max_tokens targets of the validation text in file order, dense whatever the packing.
+        """The first max_tokens targets of the validation text, in file order and in the run's own packing.
 
-        Every token is scored exactly once, except the very first. DataError where there are none.
+        dense: every token is scored exactly once, except the very first. paper: one document a row, as in
+        training, so that its first token and what is cut from a long one are not scored; the last row may be
+        scored in part. DataError where there is no text.
         """
         if max_tokens not in self._eval:
-            self._eval[max_tokens] = _eval_set(
-                self._validation_tokens(max_tokens + 1), self.tokenizer, self.seq_len
-            )
+            rows = self._paper_rows if self.cfg.packing == "paper" else self._dense_rows
+            self._eval[max_tokens] = eval_set(*rows(max_tokens), self.tokenizer)
         return self._eval[max_tokens]
 
-    def _validation_tokens(self, limit: int) -> np.ndarray:
+    def _paper_rows(self, limit: int) -> tuple[np.ndarray, np.ndarray]:
+        documents = first(self._validation_documents(), limit, lambda n: min(n, self.seq_len) - 1)
+        x, y = paper_rows(documents, self.seq_len, self.tokenizer.pad_id)
+        y.flat[np.flatnonzero(y != IGNORE)[limit:]] = IGNORE
+        if self._shards is not None:
+            self._shards[1].check(x)
+        return x, y
+
+    def _dense_rows(self, limit: int) -> tuple[np.ndarray, np.ndarray]:
         if self._shards is not None:
             shards = self._shards[1]
-            tokens = shards.read(0, min(limit, shards.tokens))
+            tokens = shards.read(0, min(limit + 1, shards.tokens))
             shards.check(tokens)
-            return tokens
-        pool, found, size = self._pool(), [np.empty(0, np.int32)], 0
+        else:
+            tokens = np.concatenate(first(self._validation_documents(), limit + 1, lambda n: n))[: limit + 1]
+        return dense_rows(tokens, self.seq_len, self.tokenizer.pad_id)
+
+    def _validation_documents(self) -> Generator[np.ndarray, None, None]:
+        """Tokens with an end-of-text of each validation document, in file order; DataError if none."""
+        if self._shards is not None:
+            shards = self._shards[1]
+            yield from map(shards.document, range(shards.documents))
+            return
+        pool, tokens = self._pool(), None
         try:
             for _, tokens in encoded(chunked(self._validation.documents(Damage())), pool):
-                found.append(tokens)
-                size += len(tokens)
-                if size >= limit:
-                    break
+                yield tokens
         finally:
             pool.close()
-        if size < 2:
+        if tokens is None:
             raise DataError(
                 f"data.validation={self.cfg.validation}: holds no text to evaluate on; name other files"
             )
-        return np.concatenate(found)[:limit]
 
     def _pool(self) -> Pool:
         return Pool(self.tokenizer, default_workers() if self.cfg.workers is None else self.cfg.workers)
@@ -168,9 +172,8 @@ class Dataset:
         for shards in (train, validation):
             if shards.meta["tokenizer_sha256"] != tokenizer.sha256:
                 raise DataError(
-                    f"data.validation={held_out}: tokens of {shards.folder} were made with another "
-                    "tokenizer than "
-                    f"{tokenizer.path}; prepare both with one tokenizer"
+                    f"data.validation={held_out}: tokens of {shards.folder} were made with another tokenizer "
+                    f"than {tokenizer.path}; prepare both with one tokenizer"
                 )
         check_size(tokenizer, str(tokenizer.path), vocab_size)
         rows = ShardRows(train, self.cfg.packing, self.seq_len, self.seed, tokenizer.pad_id)
@@ -214,23 +217,6 @@ def encoded(
         for number, tokens in enumerate(batch):
             if len(tokens):
                 yield (tag, number), np.concatenate([tokens, eos])
-
-
-def _eval_set(tokens: np.ndarray, tokenizer: Tokenizer, seq_len: int) -> EvalSet:
-    targets = tokens[1:].astype(np.int64)
-    rows = -(-len(targets) // seq_len)
-    x = np.full(rows * seq_len, tokenizer.pad_id, np.int32)
-    y = np.full(rows * seq_len, IGNORE, np.int32)
-    x[: len(targets)], y[: len(targets)] = tokens[:-1], targets
-    counts = np.bincount(targets, minlength=1)
-    p = counts[counts > 0] / len(targets)
-    return EvalSet(
-        x=torch.from_numpy(x).view(rows, seq_len),
-        y=torch.from_numpy(y).view(rows, seq_len),
-        tokens=len(targets),
-        bytes=int(tokenizer.byte_lengths[targets].sum(dtype=np.int64)),
-        unigram_ppl=float(np.exp(-(p * np.log(p)).sum())),
-    )
 
 
 class _TextStream:
@@ -324,9 +310,8 @@ class Loader:
         """Stop the thread and the tokenizing processes."""
         self._closed.set()
         self._stream.close()
-        self._thread.join(
-            timeout=10
-        )  # a read over the network may take longer; the thread ends with the process
+        # A read over the network may take longer: the thread ends with the process.
+        self._thread.join(timeout=10)
 
     def _run(self) -> None:
         try:

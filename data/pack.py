@@ -28,8 +28,7 @@ class Dense(Generic[Where]):
         self._tokens, self._used = -skip, skip  # tokens held and not used; used of the first document held
 
     def take(self, rows: int) -> tuple[np.ndarray, np.ndarray, Where, int]:
-        """x, y (rows, seq_len) int64; the place of the next row: its first token's document and number "
-        "in it."""
+        """x, y (rows, seq_len) int64; the next row's place: its first token's document and number in that."""
         count = rows * self._seq_len
         while self._tokens < count + 1:  # one more: the last target is the next row's first token
             self._held.append(next(self._documents))
@@ -61,6 +60,15 @@ class Paper(Generic[Where]):
         self._next = here
         x, y = paper_rows(taken, self._seq_len, self._pad_id)
         return x, y, here[0], 0
+
+
+def dense_rows(tokens: np.ndarray, seq_len: int, pad_id: int) -> tuple[np.ndarray, np.ndarray]:
+    """x, y (rows, seq_len) int32 of one stream that ends: the last row is padded, its y with IGNORE."""
+    count = len(tokens) - 1
+    size = -(-count // seq_len) * seq_len
+    x, y = np.full(size, pad_id, np.int32), np.full(size, IGNORE, np.int32)
+    x[:count], y[:count] = tokens[:-1], tokens[1:]
+    return x.reshape(-1, seq_len), y.reshape(-1, seq_len)
 
 
 def paper_rows(documents: list[np.ndarray], seq_len: int, pad_id: int) -> tuple[np.ndarray, np.ndarray]:

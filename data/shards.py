@@ -103,8 +103,8 @@ class Shards:
         top = int(rows.max())
         if top >= self.vocab_size:
             raise DamageLimit(
-                f"{self.folder}: a shard holds token {top} of a vocabulary of {self.vocab_size}; prepare "
-                "it again"
+                f"{self.folder}: a shard holds token {top} of a vocabulary of {self.vocab_size}; "
+                "prepare it again"
             )
 
 
@@ -112,19 +112,13 @@ class ShardRows:
     """Rows of a split in a shuffled order; a position is (epoch, row)."""
 
     def __init__(self, shards: Shards, packing: str, seq_len: int, seed: int, pad_id: int) -> None:
-        self.shards, self.packing, self.seq_len, self.seed, self.pad_id = (
-            shards,
-            packing,
-            seq_len,
-            seed,
-            pad_id,
-        )
+        self.shards, self.packing, self.seq_len = shards, packing, seq_len
+        self.seed, self.pad_id = seed, pad_id
         self.rows = shards.documents if packing == "paper" else (shards.tokens - 1) // seq_len
         if self.rows < 1:
             raise DataError(
                 f"data.train={shards.folder}: its {shards.tokens} tokens do not fill one row of "
-                f"seq_len={seq_len}; "
-                "prepare more text or set a smaller seq_len"
+                f"seq_len={seq_len}; prepare more text or set a smaller seq_len"
             )
 
     def numbers(self, epoch: int, row: int, count: int) -> np.ndarray:

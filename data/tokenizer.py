@@ -87,8 +87,7 @@ class Tokenizer:
 
     @cached_property
     def byte_lengths(self) -> np.ndarray:
-        """(vocab_size,) int32: UTF-8 bytes of each piece's text; U+2581 and byte pieces count 1, "
-        "control 0."""
+        """(vocab_size,) int32: UTF-8 bytes of each piece's text; U+2581, byte pieces count 1, control 0."""
         sp = self._sp
         lengths = np.zeros(self.vocab_size, np.int32)
         for i in range(self.vocab_size):
@@ -128,8 +127,8 @@ def check_size(tokenizer: Tokenizer, name: str, vocab_size: int) -> Tokenizer:
     if tokenizer.vocab_size > vocab_size:
         raise DataError(
             f"data.tokenizer={name}: its {tokenizer.vocab_size} pieces do not fit "
-            f"model.vocab_size={vocab_size}; "
-            f"set model.vocab_size={tokenizer.vocab_size} or more, or choose a smaller tokenizer"
+            f"model.vocab_size={vocab_size}; set model.vocab_size={tokenizer.vocab_size} or more, "
+            "or choose a smaller tokenizer"
         )
     return tokenizer
 
@@ -151,16 +150,14 @@ def fetched(name: str, cache: Path) -> Path:
             model = stream.read()
     except Exception as error:  # the hub's client raises its own, httpx's and the system's errors
         raise DataError(
-            f"data.tokenizer={name}: {repo}/{file} cannot be fetched from the hub "
-            f"({one_line(error)}); "
+            f"data.tokenizer={name}: {repo}/{file} cannot be fetched from the hub ({one_line(error)}); "
             "check the network and HF_ENDPOINT, or use data.tokenizer=train or a SentencePiece model file"
         ) from error
     return _kept(path, model)
 
 
 def trained(train: Source, vocab_size: int, cache: Path) -> Path:
-    """A BPE model of `vocab_size` pieces from the first 50 MB of training text; cached by content and "
-    "settings."""
+    """A BPE model of `vocab_size` pieces from the first 50 MB of text; cached by content and settings."""
     texts, digest, size = [], hashlib.sha256(json.dumps([SETTINGS, vocab_size]).encode()), 0
     for text in train.documents(Damage(quiet=True)):
         texts.append(text.encode())
@@ -189,9 +186,8 @@ def train_model(sentences: Iterator[str], vocab_size: int, size: int) -> bytes:
     except RuntimeError as error:
         reason = str(error).strip().splitlines()[0].rpartition("] ")[2] or "no text"
         raise DataError(
-            f"model.vocab_size={vocab_size}: {size / 1e6:.3g} MB of training text do not yield a "
-            "tokenizer of that size "
-            f"({reason}); change model.vocab_size, give more text, or use data.tokenizer=FILE"
+            f"model.vocab_size={vocab_size}: {size / 1e6:.3g} MB of training text do not yield a tokenizer "
+            f"of that size ({reason}); change model.vocab_size, give more text, or use data.tokenizer=FILE"
         ) from None
     return model.getvalue()
 

@@ -91,8 +91,7 @@ class Pool:
 
 
 def serve() -> None:
-    """The child: lists of texts from standard input, (lengths, flat ids) to standard output, until its "
-    "end."""
+    """The child: lists of texts in, (lengths, flat ids) out, until the end of its standard input."""
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
         signal.signal(number, signal.SIG_IGN)  # meant for the parent, which saves and then closes the pipe
     tokenizer = Tokenizer(sys.argv[1])

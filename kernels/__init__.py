@@ -1,7 +1,8 @@
-"""Fused updates: a Triton kernel beside a plain torch reference that says what it computes. Imports torch and triton only.
+"""Fused updates: a Triton kernel beside a plain torch reference that says what it computes.
 
-`impl` chooses: "ref" anywhere and in any float dtype, "triton" on CUDA (on the CPU only under Triton's interpreter),
-"auto" Triton on CUDA and the reference elsewhere. It is an argument, resolved at the call.
+`impl` chooses: "ref" anywhere and in any float dtype, "triton" on CUDA (on the CPU only under Triton's
+interpreter), "auto" Triton on CUDA and the reference elsewhere. It is an argument, resolved at the call.
+Imports torch and triton only.
 """
 
 from .dispatch import adam_, choose, cross_entropy_, plan

@@ -36,7 +36,9 @@ def cross_entropy_kernel(
     total = tl.zeros((BLOCK,), tl.float32)
     for start in range(0, V, BLOCK):
         at = start + lane
-        x = tl.load(base + at, mask=at < V, other=-1.0e30).to(tl.float32)  # beyond the end: adds exp(-huge) = 0
+        x = tl.load(base + at, mask=at < V, other=-1.0e30).to(
+            tl.float32
+        )  # beyond the end: adds exp(-huge) = 0
         new = tl.maximum(top, x)
         total = total * tl.exp(top - new) + tl.exp(x - new)
         top = new

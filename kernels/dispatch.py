@@ -31,7 +31,7 @@ def choose(tensors: list[Tensor], impl: Impl, dtypes: tuple[torch.dtype, ...]) -
 
 
 def plan(ws: list[Tensor]) -> Tensor | None:
-    """What adam_ needs to know of the sizes, made once: 8 bytes for 2048 numbers. None where the reference runs."""
+    """What adam_ needs to know of the sizes, made once: 8 bytes for 2048 numbers; None for the reference."""
     if not ws[0].is_cuda and "TRITON_INTERPRET" not in os.environ:
         return None
     from . import adam
@@ -53,7 +53,10 @@ def adam_(
     eps: float,
     impl: Impl = "auto",
 ) -> None:
-    """reference.adam for every parameter. Triton: one launch, all weights of one dtype, likewise gradients, moments."""
+    """reference.adam for every parameter.
+
+    Triton does it in one launch and needs all weights of one dtype, likewise gradients and moments.
+    """
     kinds = {tuple(t.dtype for t in four) for four in zip(ws, gs, ms, vs, strict=True)}
     wanted = impl if len(kinds) == 1 or impl != "auto" else "ref"
     if choose([*ws, *gs, *ms, *vs], wanted, (torch.float32, torch.bfloat16)) == "triton":

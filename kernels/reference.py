@@ -9,7 +9,7 @@ from torch import Tensor
 
 
 class Column(IntEnum):
-    """Columns of a parameter's row of per-step scalars, which live on the device and are never read by the host."""
+    """Columns of a parameter's row of per-step scalars: on the device, never read by the host."""
 
     LR = 0  # the parameter's own, scale included
     KEEP = 1  # 1 - lr * decay
@@ -31,14 +31,14 @@ def adam(
     beta2: float,
     eps: float,
 ) -> None:
-    """One AdamW update (Loshchilov and Hutter, Algorithm 2), all arithmetic in fp32 (float64 weights: float64).
+    """One AdamW update (Loshchilov and Hutter, Algorithm 2), all in fp32 (float64 weights: float64).
 
     m <- b1 m + (1 - b1) g;  v <- b2 v + (1 - b2) g^2;  w <- keep w - lr (m / fix1) / (sqrt(v / fix2) + eps)
 
-    eps is added to the corrected root, as in the paper and in torch.optim.AdamW. The fresh moments are used before they
-    are rounded to their store. A bf16 v rounds stochastically, seeded by (t, index, element): with beta2 = 0.999 every
-    one of the 128 bf16 mantissas times 0.999 rounds back to itself, so nearest rounding would never let v fall.
-    Where ok is 0 nothing changes.
+    eps is added to the corrected root, as in the paper and in torch.optim.AdamW. The fresh moments are used
+    before they are rounded to their store. A bf16 v rounds stochastically, seeded by (t, index, element):
+    with beta2 = 0.999 every one of the 128 bf16 mantissas times 0.999 rounds back to itself, so nearest
+    rounding would never let v fall. Where ok is 0 nothing changes.
     """
     wide = torch.float64 if w.dtype == torch.float64 else torch.float32
     ok = h[Column.OK] > 0
@@ -53,14 +53,14 @@ def adam(
 
 
 def stochastic_bf16(x: Tensor, t: Tensor, index: Tensor) -> Tensor:
-    """bf16 whose expectation is fp32 x (n,): 16 random bits added below the bf16 mantissa, then truncation."""
+    """bf16 whose expectation is fp32 x (n,): adds 16 random bits below the mantissa, then truncates."""
     x = x.float()
     noisy = (x.view(torch.int32) + random_bits(x.numel(), t, index)) & -65536
     return torch.where(torch.isfinite(x), noisy.view(torch.float32), x).to(torch.bfloat16)
 
 
 def random_bits(n: int, t: Tensor, index: Tensor) -> Tensor:
-    """int32 (n,) in [0, 65536), a function of (t, index, element): an integer mixer of multiplies and xor-shifts."""
+    """int32 (n,) in [0, 65536), a function of (t, index, element): multiplies and xor-shifts of integers."""
     seed = t.to(torch.int64) * 0x9E3779B1 + index.to(torch.int64) * 0x632BE5AB
     h = (torch.arange(n, device=t.device, dtype=torch.int64) + seed) & 0xFFFFFFFF
     for shift, factor in ((16, 0x7FEB352D), (15, 0x846CA68B)):

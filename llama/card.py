@@ -6,8 +6,8 @@ import time
 
 import torch
 
-# Dense (no sparsity) bf16 tensor-core TFLOP/s, fp32 accumulation, from the vendors' data sheets. Longest name wins:
-# "H100 PCIe" is not "H100". GeForce cards run bf16 with fp32 accumulation at half their headline rate.
+# Dense (no sparsity) bf16 tensor-core TFLOP/s, fp32 accumulation, from the vendors' data sheets. Longest name
+# wins: "H100 PCIe" is not "H100". GeForce cards run bf16 with fp32 accumulation at half their headline rate.
 PEAK_TFLOPS = {
     "H100 PCIe": 756.0,
     "H100 NVL": 835.0,
@@ -38,13 +38,13 @@ PEAK_TFLOPS = {
 
 
 def peak_flops(device: torch.device) -> float:
-    """bf16 FLOP/s of a CUDA device: its data sheet's for a known card, else what a large product reaches here."""
+    """bf16 FLOP/s of a CUDA device: its data sheet's for a known card, else what a large product reaches."""
     known = match(torch.cuda.get_device_name(device))
     return known * 1e12 if known else measured_flops(device, torch.bfloat16)
 
 
 def match(name: str) -> float | None:
-    """Peak TFLOP/s of a device name. A laptop part is another chip and a MIG slice a part of one: not matched."""
+    """Peak TFLOP/s of a device name; None for laptop parts (other chips) and MIG slices (parts of one)."""
     if any(part in name.lower() for part in ("laptop", "max-q", "mig")):
         return None
     words = name.replace("-", " ").split()

@@ -2,8 +2,9 @@
 
     checkpoints/step_00001000/   config.json model.safetensors optim.safetensors state.json manifest.json
 
-A folder without .tmp is complete by definition: it got its name by one rename after every file was on disk. Reading
-checks each file's size and SHA-256 against the manifest, names what does not agree and falls back to the save before.
+A folder without .tmp is complete by definition: it got its name by one rename after every file was on disk.
+Reading checks each file's size and SHA-256 against the manifest, names what does not agree and falls back to
+the save before.
 """
 
 from __future__ import annotations

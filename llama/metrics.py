@@ -1,7 +1,7 @@
 """What a run tells: metrics.jsonl, the live line, loss.png, samples.txt, wandb and TensorBoard.
 
-One row a training step, numbered 1..steps; evaluation rows carry val_* and no loss. Numbers of a step stay on the
-device until the next flush, so that logging every step costs no synchronisation every step. Only rank 0 owns one.
+One row a training step, numbered 1..steps; evaluation rows carry val_* and no loss. Numbers of a step stay on
+the device until the next flush: logging every step costs no synchronisation every step. Only rank 0 owns one.
 """
 
 from __future__ import annotations
@@ -63,7 +63,7 @@ class Metrics:
         self.window = 0
 
     def step(self, step: int, lr: float, tokens: int, scalars: dict[str, Tensor]) -> None:
-        """tokens: token positions of this step over all ranks; scalars: 0-dim device tensors, not read here."""
+        """tokens: positions of this step over all ranks; scalars: 0-dim device tensors, not read here."""
         self.tokens += tokens
         self.window += tokens
         self.pending.append(({"step": step, "lr": lr, "tokens": self.tokens}, scalars))
@@ -168,8 +168,10 @@ class Line:
 
 
 def cut(path: Path, start: int) -> int:
-    """Keeps the rows up to step `start` (training rows beyond it belong to a try that was not saved; a torn last line
-    too); returns the tokens seen by then. At start 0 everything goes."""
+    """Keeps the rows up to step `start` and returns the tokens seen by then; at start 0 everything goes.
+
+    Training rows beyond `start` belong to a try that was not saved, as does a torn last line.
+    """
     rows = [row for row in read(path) if row["step"] <= start] if start else []
     tmp = path.with_suffix(".tmp")
     tmp.write_text("".join(json.dumps(r) + "\n" for r in rows), encoding="utf-8")
@@ -239,8 +241,10 @@ def open_sinks(names: Sequence[str], run: Path, config: dict[str, Any]) -> list[
 
 
 class Wandb:
-    """Offline unless WANDB_MODE says otherwise (`wandb sync runs/NAME/wandb/...` uploads later). One id per run folder,
-    so that a resumed run goes on in the same place."""
+    """Offline unless WANDB_MODE says otherwise (`wandb sync runs/NAME/wandb/...` uploads later).
+
+    One id per run folder, so that a resumed run goes on in the same place.
+    """
 
     def __init__(self, run: Path, config: dict[str, Any]) -> None:
         import wandb

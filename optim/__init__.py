@@ -3,8 +3,9 @@
 from importlib import import_module
 from typing import TYPE_CHECKING
 
-# The kernels are a top-level package in a clone and `subspan.kernels` once installed. Modules here import them as
-# `from . import kernels`, which works in both; Hugging Face has a package `kernels` too, hence no try and except.
+# The kernels are a top-level package in a clone and `subspan.kernels` once installed. Modules here import
+# them as `from . import kernels`, which works in both. Hugging Face has a package `kernels` too, hence no try
+# and except.
 if TYPE_CHECKING or "." not in __name__:
     import kernels
 else:

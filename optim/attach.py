@@ -1,4 +1,4 @@
-"""Which parameter is trained by what. Looks at module types and names only; never learns what a transformer is."""
+"""Which parameter is trained by what: from module types and names, without knowing what a transformer is."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def attach(
     accum_steps backwards that make one step; gradients are summed over them, so divide the loss accordingly
     group       process group whose ranks hold replicas: gradients are reduced over it; None reduces nothing
     reduce      "sum" or "mean" over the group; must be given with one
-    overrides   keys of OptimConfig (lr, scale, decay, beta1, ...); unknown keys and bad values raise ValueError
+    overrides   keys of OptimConfig (lr, scale, decay, ...); unknown keys and bad values raise ValueError
     """
     try:
         cfg = OptimConfig(name=method, **overrides)  # type: ignore[arg-type]
@@ -58,11 +58,11 @@ def attach(
 def own(model: nn.Module, cfg: OptimConfig) -> list[Owned]:
     """Every trainable parameter once, in the model's order. First match wins:
 
-    embedding   weight of an nn.Embedding (a tied head is the same tensor and is owned here)     lr, no decay
-    matrix      weight of an nn.Linear inside a numbered block (a path with a number in it)     lr * scale, decay
-    head        weight of any other nn.Linear                                                   lr, decay
-    gain        anything with fewer than two dimensions: norms, biases                          lr, no decay
-    other       the rest                                                                        lr, no decay
+    embedding   weight of an nn.Embedding (a tied head is the same tensor: owned here)   lr, no decay
+    matrix      weight of an nn.Linear inside a numbered block (a number in its path)    lr * scale, decay
+    head        weight of any other nn.Linear                                            lr, decay
+    gain        anything with fewer than two dimensions: norms, biases                   lr, no decay
+    other       the rest                                                                 lr, no decay
     """
     owned: dict[int, Owned] = {}
     modules = dict(model.named_modules())

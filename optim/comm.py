@@ -1,7 +1,7 @@
 """Who runs beside us: launcher detection, one process group, and the few collectives a run needs.
 
-Every operation is a no-op when the process is alone, so no caller asks whether it is distributed. Collectives on
-gradients are launched by the engine, in one fixed order on all ranks; the ones here carry single numbers.
+Every operation is a no-op when the process is alone, so no caller asks whether it is distributed. Collectives
+on gradients are launched by the engine, in one fixed order on all ranks; the ones here carry single numbers.
 """
 
 from __future__ import annotations
@@ -30,12 +30,13 @@ class Comm:
 
     @classmethod
     def from_env(cls) -> Comm:
-        """torchrun first, then SLURM's srun, else alone. Raises ValueError where the launcher's variables disagree."""
+        """torchrun first, then SLURM's srun, else alone; ValueError where its variables disagree."""
         rank, world, local_rank = launcher(os.environ)
         cuda = torch.cuda.is_available()
         if cuda and local_rank >= torch.cuda.device_count():
             raise ValueError(
-                f"local rank {local_rank}: this machine shows {torch.cuda.device_count()} GPU(s); start one process a GPU"
+                f"local rank {local_rank}: this machine shows {torch.cuda.device_count()} GPU(s); "
+                "start one process a GPU"
             )
         device = torch.device("cuda", local_rank) if cuda else torch.device("cpu")
         if cuda:
@@ -98,7 +99,10 @@ class Comm:
 
 
 def launcher(env: Any) -> tuple[int, int, int]:
-    """(rank, world, local rank) from torchrun's or SLURM's variables; sets MASTER_ADDR and MASTER_PORT under SLURM."""
+    """(rank, world, local rank) from torchrun's or SLURM's variables.
+
+    Under SLURM sets MASTER_ADDR and MASTER_PORT.
+    """
     if "RANK" in env and "WORLD_SIZE" in env:
         return int(env["RANK"]), int(env["WORLD_SIZE"]), int(env.get("LOCAL_RANK", 0))
     if int(env.get("SLURM_NTASKS", 1)) > 1 and "SLURM_PROCID" in env:

@@ -6,10 +6,10 @@ One step of dense training, K micro-batches:
     step()            reduce G over ranks, in one fixed order -> norms -> clip coefficient, finite flags
                       -> for each matrix: rule(G) -> W <- (1 - lr decay) W - lr scale direction
 
-Every per-step scalar (lr, decay factor, clip coefficient, finite flag, t) is a column of one small device tensor with a
-row a parameter: nothing is read back by the host in a step. A matrix whose gradient holds a NaN or an infinity is
-skipped whole: its weight, state and t stay as they were, and the skip is counted. After the reduction all ranks hold
-the same gradient, so they skip alike without a message.
+Every per-step scalar (lr, decay factor, clip coefficient, finite flag, t) is a column of one small device
+tensor with a row a parameter: nothing is read back by the host in a step. A matrix whose gradient holds a NaN
+or an infinity is skipped whole: its weight, state and t stay as they were, and the skip is counted. After the
+reduction all ranks hold the same gradient, so they skip alike without a message.
 """
 
 from __future__ import annotations
@@ -42,9 +42,9 @@ class Owned:
 class Engine(torch.optim.Optimizer):
     """Made by `attach`. A torch optimizer: param_groups, step, zero_grad, state_dict, LR schedulers.
 
-    state_dict() is keyed by parameter name and holds tensors and numbers only. `accum_steps` backwards make one step;
-    it may be set between steps. `stats` holds this step's device scalars: grad_norm (before clipping, over the finite
-    matrices), skipped (matrices skipped by this step), skipped_in_a_row (steps).
+    state_dict() is keyed by parameter name and holds tensors and numbers only. `accum_steps` backwards make
+    one step; it may be set between steps. `stats` holds this step's device scalars: grad_norm (before
+    clipping, over the finite matrices), skipped (matrices skipped by this step), skipped_in_a_row (steps).
     """
 
     def __init__(
@@ -91,7 +91,7 @@ class Engine(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> None:  # type: ignore[override]
-        """One update from the gradients of `accum_steps` backwards; RuntimeError after another number of them."""
+        """One update from the gradients of `accum_steps` backwards; RuntimeError after more or fewer."""
         if closure is not None:
             raise ValueError("closure: not supported; call backward accum_steps times, then step()")
         self._close()
@@ -110,7 +110,8 @@ class Engine(torch.optim.Optimizer):
             raise RuntimeError(
                 f"no gradient in every backward for {', '.join(missing[:5])}"
                 + (f" and {len(missing) - 5} more" if len(missing) > 5 else "")
-                + ": a parameter that the loss does not use must be frozen (requires_grad_(False)) before attach"
+                + ": a parameter that the loss does not use must be frozen "
+                "(requires_grad_(False)) before attach"
             )
 
     def _reduced(self) -> list[Tensor]:
@@ -154,7 +155,7 @@ class Engine(torch.optim.Optimizer):
 
     @torch.no_grad()
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Copies into place; ValueError that names the parameter whose state is missing, unknown or of another shape."""
+        """Copies into place; ValueError names a parameter of missing, unknown or differently shaped state."""
         state, mine = state_dict["state"], {o.name: o for o in self.owned}
         for name in [*(mine.keys() - state.keys()), *(state.keys() - mine.keys())]:
             raise ValueError(f"optimizer state of {name}: in only one of the save and this model")
@@ -167,7 +168,8 @@ class Engine(torch.optim.Optimizer):
             for k, tensor in kept.items():
                 if saved[k].shape != tensor.shape:
                     raise ValueError(
-                        f"optimizer state {k} of {o.name}: saved {tuple(saved[k].shape)}, here {tuple(tensor.shape)}"
+                        f"optimizer state {k} of {o.name}: "
+                        f"saved {tuple(saved[k].shape)}, here {tuple(tensor.shape)}"
                     )
                 tensor.copy_(saved[k])
             self._t[n] = saved["t"]

@@ -1,4 +1,4 @@
-"""How a rule's state is stored between updates; arithmetic is in fp32 (float64 weights: float64) whatever the store.
+"""How a rule's state is stored; arithmetic is in fp32 (float64 weights: float64) whatever the store.
 
 fp32  as is (float64 weights: float64).
 bf16  half the bytes. The first moment rounds to nearest, the second stochastically: kernels.adam says why.

@@ -1,8 +1,8 @@
-"""Learning rate as a pure function of the step, so that resuming, in-backward updates and ranks cannot disagree.
+"""Learning rate as a pure function of the step: resuming, in-backward updates and ranks cannot disagree.
 
-Warm-up is linear over S_w = round(warmup * steps) updates; then cosine, linear or constant down to min_lr_ratio.
-Step s counts updates from 1: the first one is never wasted at lr 0, the last (s = steps) runs at exactly
-min_lr_ratio (for schedule=constant: 1). Published code starts at s = 0 and takes one update too many.
+Warm-up is linear over S_w = round(warmup * steps) updates; then cosine or linear down to min_lr_ratio, or
+constant. Step s counts updates from 1: the first one is never wasted at lr 0, the last (s = steps) runs at
+exactly min_lr_ratio (for schedule=constant: 1). Published code starts at s = 0 and takes one update too many.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Fixtures: a small corpus of made-up English words and a command line that trains a very small model on it."""
+"""Fixtures: a small corpus of random English words, a command line that trains a very small model on it."""
 
 import json
 import os
@@ -6,9 +6,8 @@ import random
 
 import pytest
 
-os.environ.setdefault(
-    "OMP_NUM_THREADS", "1"
-)  # two test processes on two cores; also keeps CPU sums reproducible
+# Two test processes on two cores; also keeps CPU sums reproducible.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 import torch  # noqa: E402 - after the variables above
@@ -16,11 +15,12 @@ import torch  # noqa: E402 - after the variables above
 torch.set_num_threads(1)
 
 WORDS = (
-    "the of and to in a is that it was for on are as with his they at be this from have or by one had not but "
-    "what all were when we there can an your which their said if do will each about how up out them then she "
-    "many some so these would other into has more her two like him see time could no make than first been its "
-    "who now people my made over did down only way find use may water long little very after words called just "
-    "where most know congress union peace treasury government states constitution liberty commerce nation"
+    "the of and to in a is that it was for on are as with his they at be this from have or by one had not "
+    "but what all were when we there can an your which their said if do will each about how up out them then "
+    "she many some so these would other into has more her two like him see time could no make than first "
+    "been its who now people my made over did down only way find use may water long little very after words "
+    "called just where most know congress union peace treasury government states constitution liberty "
+    "commerce nation"
 ).split()
 
 

@@ -1,6 +1,7 @@
 """Token shards: written, checked, read in a shuffled order that is arithmetic."""
 
 import json
+import math
 import shutil
 import subprocess
 import sys
@@ -64,9 +65,9 @@ def made(tmp_path_factory):
     return folder, folder / "out"
 
 
-def local(folder):
+def local(folder, packing="dense"):
     train = [f"{folder}/a.jsonl", f"{folder}/b.jsonl"]
-    return DataConfig("local", train, f"{folder}/v.jsonl", cache=str(folder / "cache"), workers=0)
+    return DataConfig("local", train, f"{folder}/v.jsonl", packing, cache=str(folder / "cache"), workers=0)
 
 
 def tokens_of(out, **settings):
@@ -90,12 +91,53 @@ def test_prepare_writes_the_documents_in_order(made):
     assert read.read(1990, 50).tolist() == sum(documents, [])[1990:2040]  # over a border
 
 
-def test_evaluation_is_that_of_the_text(made):
+@pytest.mark.parametrize("packing", ["dense", "paper"])
+def test_evaluation_is_that_of_the_text(made, packing):
     folder, out = made
-    a = build(local(folder), vocab_size=320, seq_len=SEQ, seed=0).validation()
-    for b in (tokens_of(out).validation(), tokens_of(out, validation=str(out)).validation()):
-        assert a.x.equal(b.x) and a.y.equal(b.y)
-        assert (a.tokens, a.bytes, a.unigram_ppl) == (b.tokens, b.bytes, b.unigram_ppl)
+    from_text = build(local(folder, packing), vocab_size=320, seq_len=SEQ, seed=0)
+    border = sum(len(from_text.tokenizer.encode(t)) + 1 for t in text("v", 3))
+    for limit in (border - 1, border, border + 1, 10**7):
+        a = from_text.validation(limit)
+        assert a.tokens == limit or limit == 10**7
+        for more in ({}, {"validation": str(out)}):
+            b = tokens_of(out, packing=packing, **more).validation(limit)
+            assert a.x.equal(b.x) and a.y.equal(b.y)
+            assert (a.tokens, a.bytes, a.unigram_ppl) == (b.tokens, b.bytes, b.unigram_ppl)
+
+
+def rows_by_hand(documents, eos, pad, limit):
+    """x, y as lists with one document a row, up to the row that holds target `limit`."""
+    xs, ys, scored = [], [], 0
+    for document in documents:
+        if scored < limit:
+            row = [*document[: SEQ - 1], eos]
+            targets = row[1:][: limit - scored]
+            scored += len(targets)
+            xs.append(row + [pad] * (SEQ - len(row)))
+            ys.append(targets + [-100] * (SEQ - len(targets)))
+    return xs, ys
+
+
+@pytest.mark.parametrize("kind", ["text", "tokens"])
+def test_evaluation_of_one_document_a_row(made, kind):
+    folder, out = made
+    cfg = local(folder, "paper") if kind == "text" else DataConfig("tokens", str(out), packing="paper")
+    data = build(cfg, vocab_size=320, seq_len=SEQ, seed=0)
+    tokenizer = data.tokenizer
+    documents = [tokenizer.encode(t) for t in text("v", 20)]
+    sizes = [len(d) for d in documents]
+    assert min(sizes) < SEQ - 1 < max(sizes) and tokenizer.pad_id != tokenizer.eos_id
+    for limit in (1, 37, sum(min(n, SEQ - 1) for n in sizes[:3]), 10**7):  # the third ends with a document
+        scored = data.validation(limit)
+        xs, ys = rows_by_hand(documents, tokenizer.eos_id, tokenizer.pad_id, limit)
+        assert scored.x.tolist() == xs and scored.y.tolist() == ys
+        targets = [t for row in ys for t in row if t != -100]
+        assert scored.tokens == len(targets) == int((scored.y != -100).sum())
+        assert scored.tokens == limit or len(xs) == len(documents)
+        assert scored.bytes == sum(int(tokenizer.byte_lengths[t]) for t in targets)
+        shares = [targets.count(t) / len(targets) for t in set(targets)]
+        assert scored.unigram_ppl == pytest.approx(math.exp(-sum(p * math.log(p) for p in shares)))
+        assert data.validation(limit) is scored
 
 
 def collect(data, rows, steps, world=1, state=None):

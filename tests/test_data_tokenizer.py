@@ -53,9 +53,8 @@ def test_special_pieces(trained):
     assert (trained.eos_id, trained.pad_id, trained.vocab_size) == (2, 3, 330)
     assert trained.byte_lengths.dtype == np.int32 and trained.byte_lengths.shape == (330,)
     assert trained.byte_lengths[:4].tolist() == [0, 0, 0, 0]
-    assert not {0, 1, 2, 3} & set(
-        trained.encode("</s> <s> <pad> <unk>")
-    )  # text is never taken for control pieces
+    # text is never taken for control pieces
+    assert not {0, 1, 2, 3} & set(trained.encode("</s> <s> <pad> <unk>"))
     ids = trained.encode("The cat")
     assert trained.decode([1, *ids, 2, 3, 330, 99999, -1]) == "The cat"
 
@@ -103,9 +102,8 @@ def test_text_and_vocabulary_that_do_not_fit(files, size):
 
 
 def test_a_file_of_ones_own(files, trained):
-    assert (
-        data(files, 5000, tokenizer=str(trained.path)).tokenizer.sha256 == trained.sha256
-    )  # smaller is fine
+    # smaller than the model's vocabulary is fine
+    assert data(files, 5000, tokenizer=str(trained.path)).tokenizer.sha256 == trained.sha256
     with pytest.raises(DataError, match=r"data.tokenizer=.*330 pieces do not fit model.vocab_size=329; set"):
         data(files, 329, tokenizer=str(trained.path))
     with pytest.raises(DataError, match="data.tokenizer=/no/such.model: no such file"):
@@ -156,3 +154,12 @@ def test_evaluation_scores_every_token_once(files, trained):
     few = found.validation(max_tokens=10)
     assert few.tokens == 10 and few.y.ravel()[:10].tolist() == tokens[1:11]
     assert found.validation() is scored
+
+
+@pytest.mark.parametrize("packing", ["dense", "paper"])
+def test_no_text_to_evaluate_on(files, tmp_path, packing):
+    empty = tmp_path / "v.txt"
+    empty.write_text("\n \n")
+    cfg = DataConfig("local", f"{files}/t.txt", str(empty), packing, cache=str(files / "cache"), workers=0)
+    with pytest.raises(DataError, match="data.validation=.*: holds no text to evaluate on"):
+        build(cfg, vocab_size=330, seq_len=16, seed=0).validation()

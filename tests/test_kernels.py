@@ -1,4 +1,4 @@
-"""Kernels on a machine without a GPU: through Triton's interpreter, and compiled for the cards that users have."""
+"""Kernels without a GPU: through Triton's interpreter, and compiled for the cards that users have."""
 
 import os
 import subprocess

@@ -99,9 +99,8 @@ def test_ranks_together_score_every_token_once(model, evalset, exact, world, mic
     shapes.remove()
     assert sum(sums).dtype == torch.float64
     assert sum(sums).item() == pytest.approx(exact, rel=1e-6)
-    assert (
-        set(calls) == {(micro_batch, 12)} and len(calls) % world == 0
-    )  # one shape, equally many on each rank
+    # one shape, equally many on each rank
+    assert set(calls) == {(micro_batch, 12)} and len(calls) % world == 0
     others = sum(sums)
     result = evaluate(
         model, evalset, micro_batch, rank=1, world=world, all_sum=lambda t: others, device="cpu"

@@ -113,7 +113,7 @@ def test_plot_and_sinks(tmp_path):
 
 
 def wandb_records(raw):
-    """Records of a .wandb file: a 7-byte file header, then 32 KiB blocks of (crc 4, length 2, type 1, payload)."""
+    """Records of a .wandb file: a 7-byte header, then 32 KiB blocks of (crc 4, length 2, type 1, payload)."""
     at, parts = 7, b""
     while at + 7 <= len(raw):
         if 32768 - at % 32768 < 7:  # a block's tail too short for a header is padding

@@ -221,7 +221,7 @@ def test_attach_refuses_what_it_cannot_do(method, settings, says):
 
 
 def test_bf16_second_moment_falls_as_it_should():
-    """Unit gradients, then ten times smaller ones: v must follow, which nearest rounding at beta2 .999 never does."""
+    """Unit gradients, then ten times smaller: v must follow, as it never does rounded to nearest."""
     w = nn.Linear(64, 64, bias=False).to(torch.bfloat16)
     opt = attach(w, "adamw", lr=0.0 + 1e-9, moments="bf16")
     for size, steps in ((1.0, 1500), (0.1, 1500)):
@@ -257,7 +257,7 @@ def test_stochastic_rounding_is_unbiased_and_a_function_of_the_seed():
 
 
 def test_adam_is_bounded():
-    """One weight at lr 1: |step| = 1 at t = 1, at most (1 - b1) / sqrt((1 - b2)(1 - b1^2 / b2)) = 7.27 ever (eps 0)."""
+    """At lr 1: |step| = 1 at t = 1, at most (1 - b1) / sqrt((1 - b2)(1 - b1^2 / b2)) = 7.27 ever (eps 0)."""
     model = nn.Linear(1, 100, bias=False).double()
     opt = attach(model, "adamw", lr=1.0, eps=1e-300)
     bound = 0.1 / ((1 - 0.999) * (1 - 0.81 / 0.999)) ** 0.5

@@ -1,4 +1,4 @@
-"""What only a GPU runs: the compiled update against the eager one on the CPU, and a step without synchronisation."""
+"""What only a GPU runs: the compiled update against the eager one, and a step without synchronisation."""
 
 import copy
 
@@ -35,7 +35,7 @@ def test_compiled_update_equals_the_eager_one(dtype, moments):
             opt._fired = [1] * len(opt.owned)
             opt.step()
     for (name, a), b in zip(cpu.named_parameters(), gpu.parameters(), strict=True):
-        # one unit in the last place: the two devices sum the norm, and so the clip coefficient, in another order
+        # one unit in the last place: the devices sum the norm, and so the clip coefficient, in another order
         tol = 2**-7 if torch.bfloat16 in (dtype, opts[0].state[a]["m"].dtype) else 1e-5
         torch.testing.assert_close(b.cpu(), a, rtol=tol, atol=tol * 1e-2, msg=name)
         assert (b.cpu() - a).norm() <= 0.1 * tol * a.norm()

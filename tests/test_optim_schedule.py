@@ -25,9 +25,8 @@ def test_corners_and_shape(steps, warmup, ratio, schedule):
         after = f[max(0, warm - 1) :]
         assert all(a >= b - 1e-15 for a, b in zip(after, after[1:], strict=False))
         jump = max((a - b for a, b in zip(after, after[1:], strict=False)), default=0)
-        assert (
-            jump <= 1.6 * (1 - ratio) / (steps - warm) + 1e-12
-        )  # continuous: slope of the cosine is at most pi/2
+        # continuous: slope of the cosine is at most pi/2
+        assert jump <= 1.6 * (1 - ratio) / (steps - warm) + 1e-12
     assert all(0 <= x <= 1 for x in f)
 
 

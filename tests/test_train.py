@@ -1,4 +1,4 @@
-"""The training loop as a user runs it: whole runs, stops and resumes, ranks, damaged gradients, exit codes."""
+"""The training loop as users run it: whole runs, stops and resumes, ranks, damaged gradients, exit codes."""
 
 import json
 import os

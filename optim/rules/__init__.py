@@ -1,1 +1,1 @@
-"""Update rules: gradient (or its coordinates) in, direction out. One matrix at a time; no names, hooks or ranks."""
+"""Update rules: gradient (or its coordinates) in, direction out. One matrix at a time, no names or ranks."""

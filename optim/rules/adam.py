@@ -1,4 +1,4 @@
-"""Adam: exponential moments with bias correction (Kingma and Ba, Algorithm 1), decay decoupled. See kernels.adam."""
+"""Adam (Kingma and Ba, Algorithm 1) with bias correction, decay decoupled. See kernels.adam."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ class Adam:
     state = ("m", "v")  # tensors of the gradient's shape
 
     def scalars(self, t: Tensor) -> Tensor:
-        """(n, 2): the bias corrections 1 - beta^t of each parameter, from its update count t (n,), this one included.
+        """(n, 2): the bias corrections 1 - beta^t of each parameter; t (n,) counts its updates and this one.
 
         By expm1 in float64: 1 - 0.999 ** 1 in fp32 would lose four of its seven digits.
         """

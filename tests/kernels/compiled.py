@@ -1,4 +1,4 @@
-"""Run in a process of its own by test_kernels.py: every variant compiled ahead of time for five cards, without a GPU."""
+"""Every variant compiled ahead of time for five cards, without a GPU; a process of test_kernels.py."""
 
 import sys
 

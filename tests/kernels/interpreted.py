@@ -1,6 +1,6 @@
-"""Run in a process of its own by test_kernels.py, with TRITON_INTERPRET=1: the kernels' source on CPU tensors.
+"""The kernels' source on CPU tensors against their references; a process of test_kernels.py.
 
-Each is compared with its reference; one line a case: dtypes and the largest differences, in units of the last place.
+Needs TRITON_INTERPRET=1. Prints one line a case: dtypes and the largest differences.
 """
 
 import sys
@@ -39,8 +39,11 @@ def case(weight, grad, moment, seed):
 
 
 def ulps(a, b, before):
-    """Largest difference in units of the last place of the larger of old and new value: where an update nearly cancels a
-    weight, the rounding of the old one is all that is left. NaN counts as infinitely far."""
+    """Largest difference in units of the last place of the larger of old and new value.
+
+    Where an update nearly cancels a weight, the rounding of the old one is all that is left. NaN counts as
+    infinitely far.
+    """
     bits = 7 if b.dtype == torch.bfloat16 else 23
     size = torch.maximum(b.double().abs(), before.double().abs()).clamp(min=1e-30)
     unit = 2.0 ** (torch.floor(torch.log2(size)) - bits)
@@ -62,8 +65,9 @@ for weight, grad, moment in VARIANTS:
         moved = all(
             not torch.equal(a, b) for n, (a, b) in enumerate(zip(ours[0], guard, strict=True)) if n != 4
         )
-        # the interpreter truncates fp32 -> bf16 where hardware rounds to nearest: one unit; fp32: eight roundings on the way, in another order.
-        # v in bf16 is rounded by its own random bits and must agree but for an fp32 last place: one unit
+        # bf16: the interpreter truncates fp32 where hardware rounds to nearest, one unit; v is rounded by its
+        # own random bits and must agree but for an fp32 last place: one unit too.
+        # fp32: eight roundings on the way, in another order.
         allowed = {
             n: 1.0 if t[0].dtype == torch.bfloat16 else 8.0 for n, t in zip("wgmv", ref[:4], strict=True)
         }
