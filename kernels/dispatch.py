@@ -73,7 +73,7 @@ def adam_(
 def cross_entropy_(
     logits: Tensor, labels: Tensor, grad: bool, ignore: int = -100, impl: Impl = "auto"
 ) -> Tensor:
-    """reference.cross_entropy_ with the same arguments: token losses, and the logits' gradient in their place."""
+    """reference.cross_entropy_, same arguments: token losses, and the logits' gradient in their place."""
     if choose([logits], impl, (torch.float32, torch.bfloat16)) == "ref":
         return reference.cross_entropy_(logits, labels, grad, ignore)
     from . import cross_entropy

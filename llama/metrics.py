@@ -6,6 +6,7 @@ the device until the next flush: logging every step costs no synchronisation eve
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 import os
@@ -208,10 +209,10 @@ def draw(run: Path) -> None:
     fig, ax = plt.subplots(figsize=(8, 4.5), dpi=120)
     tokens, losses = zip(*train, strict=True)
     ax.plot(tokens, losses, color="0.75", lw=0.8, label="training, each step")
-    keep, mean, means = 1 - 1 / max(1, min(100, len(losses) // 10)), losses[0], []
-    for loss in losses:
-        mean = keep * mean + (1 - keep) * loss
-        means.append(mean)
+    half = len(losses) // 50  # a window of 4% of the run, centred so that the curve does not lag
+    sums = list(itertools.accumulate(losses, initial=0.0))
+    spans = [(max(0, i - half), min(len(losses), i + half + 1)) for i in range(len(losses))]
+    means = [(sums[end] - sums[start]) / (end - start) for start, end in spans]
     ax.plot(tokens, means, color="C0", label="training, running mean")
     if val:
         ax.plot(

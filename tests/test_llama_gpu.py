@@ -1,4 +1,4 @@
-"""What only a GPU runs: bf16 products summed in fp32, the softmax kernel, compiled blocks, no synchronisation."""
+"""What only a GPU runs: bf16 products summed in fp32, loss kernel, compiled blocks, no synchronisation."""
 
 import pytest
 import torch
