@@ -1,12 +1,12 @@
 """Speed and memory on one GPU, ours beside peers: same shapes, data, batch and dtype, in one run on one card.
 
-    python bench.py data=FOLDER [out=bench.jsonl] [cases=llama_60m,llama_1b] [pairs=5] [loader=GLOB]
+    python bench.py [data=FOLDER] [out=bench.jsonl] [cases=llama_60m,llama_1b] [pairs=5] [loader=GLOB]
                     [commit=ID]
 
-FOLDER comes from `python -m data.prepare`. Each row of the record is one JSON object: what, sizes, GPU,
-versions, commit, numbers. Ours is `train.Run` itself: loader, logging and optimizer included. The peer is
-transformers' LlamaForCausalLM under torch.compile with a fused AdamW, fed by the same loader. Sides alternate
-in blocks of steps; the medians of the blocks count, and the ratio of each pair of neighbours.
+FOLDER comes from `python -m data.prepare`; without one the bundled sample is prepared. Each row of the record is
+one JSON object: what, sizes, GPU, versions, commit, numbers. Ours is `train.Run` itself: loader, logging and
+optimizer included. The peer is transformers' LlamaForCausalLM under torch.compile with a fused AdamW, fed by the
+same loader. Sides alternate in blocks of steps; the medians of the blocks count, and of each pair the ratio.
 """
 
 from __future__ import annotations
@@ -27,6 +27,7 @@ import torch
 
 import data
 from configs.cli import parse
+from data.prepare import prepare
 from llama import pretrained
 from llama.config import ModelConfig
 from optim import Comm
@@ -194,10 +195,15 @@ def facts(commit: str | None) -> dict[str, Any]:
 
 def main(argv: list[str]) -> int:
     args = dict(a.split("=", 1) for a in argv)
-    if not torch.cuda.is_available() or "data" not in args:
-        print(__doc__)
-        print("needs a GPU" if "data" in args else "needs data=FOLDER")
+    if not torch.cuda.is_available():
+        print(f"{__doc__}\nThis needs an NVIDIA GPU, and torch sees none here.", file=sys.stderr)
         return 2
+    if (
+        "data" not in args
+    ):  # the bundled sample: less text than the timed steps read, which speed does not mind
+        args["data"] = "runs/bench_tokens"
+        if not Path(args["data"], "meta.json").exists():
+            prepare(data.DataConfig(name="sample"), Path(args["data"]), vocab_size=32_000)
     jobs: list[Callable[[], dict[str, Any]]] = []
     for model in args.get("cases", ",".join(CASES)).split(","):
         for moments in ("fp32", "bf16"):

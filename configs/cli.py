@@ -1,7 +1,7 @@
 """From a command line to a checked Config: Hydra's groups and syntax, every problem at once, one line each.
 
 Hydra composes the group files; the values of the command line are then put in one by one, because Hydra would
-stop at the first bad one. Order of precedence: dataclass, group file, recipe, command line. No torch here.
+stop at the first bad one. Order of precedence: dataclass, group file, recipe, command line.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """The configuration of a run: a dataclass for each group, everything checked before anything is allocated.
 
-No torch here. Group files under this folder give values; the dataclasses give keys, types and defaults.
+Group files under this folder give values; the dataclasses give keys, types and defaults.
 """
 
 from __future__ import annotations

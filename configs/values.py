@@ -1,6 +1,6 @@
 """Keys and values of a configuration: which keys exist, of which type, and how a value from outside gets in.
 
-A key is a dotted path to a field of the nested dataclasses, `optim.lr`. No torch here.
+A key is a dotted path to a field of the nested dataclasses, `optim.lr`.
 """
 
 from __future__ import annotations

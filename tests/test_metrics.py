@@ -1,6 +1,7 @@
 """Rows, the live line, cutting back, cards."""
 
 import json
+import time
 
 import pytest
 import torch
@@ -137,10 +138,14 @@ def test_wandb_offline_is_written_and_read_back(tmp_path, monkeypatch):
     from wandb.proto import wandb_internal_pb2
 
     (file,) = tmp_path.glob("wandb/offline-run-*/run-*.wandb")
+    records = []
+    for _ in range(300):  # wandb's own process may write the file's last part after finish() returned
+        records = [wandb_internal_pb2.Record.FromString(raw) for raw in wandb_records(file.read_bytes())]
+        if any(record.HasField("exit") for record in records):
+            break
+        time.sleep(0.1)
     seen = {}
-    for raw in wandb_records(file.read_bytes()):
-        record = wandb_internal_pb2.Record()
-        record.ParseFromString(raw)
+    for record in records:
         for item in record.history.item:
             seen.setdefault(item.nested_key[0] if item.nested_key else item.key, []).append(
                 json.loads(item.value_json)
