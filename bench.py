@@ -3,10 +3,10 @@
     python bench.py [data=FOLDER] [out=bench.jsonl] [cases=llama_60m,llama_1b] [pairs=5] [loader=GLOB]
                     [commit=ID]
 
-FOLDER comes from `python -m data.prepare`; without one the bundled sample is prepared. Each row of the record is
-one JSON object: what, sizes, GPU, versions, commit, numbers. Ours is `train.Run` itself: loader, logging and
-optimizer included. The peer is transformers' LlamaForCausalLM under torch.compile with a fused AdamW, fed by the
-same loader. Sides alternate in blocks of steps; the medians of the blocks count, and of each pair the ratio.
+FOLDER comes from `python -m data.prepare`; without one the bundled sample is prepared. Each row of the record
+is one JSON object: what, sizes, GPU, versions, commit, numbers. Ours is `train.Run` itself: loader, logging and
+optimizer included. The peer is transformers' LlamaForCausalLM under torch.compile with a fused AdamW, fed by
+the same loader. Sides alternate in blocks of steps; the medians of the blocks count, and of each pair the ratio.
 """
 
 from __future__ import annotations

@@ -339,7 +339,8 @@ def train(cfg: Config, comm: Comm) -> None:
 
 
 def main(argv: list[str]) -> int:
-    logging.basicConfig(format="%(message)s", level=logging.INFO, force=True)
+    logging.basicConfig(format="%(message)s", level=logging.WARNING, force=True)
+    log.setLevel(logging.INFO)  # ours; other packages' only from warnings on
     comm = None
     try:
         text = answer(argv)  # --help, --cfg
