@@ -4,9 +4,10 @@
                     [commit=ID]
 
 FOLDER comes from `python -m data.prepare`; without one the bundled sample is prepared. Each row of the record
-is one JSON object: what, sizes, GPU, versions, commit, numbers. Ours is `train.Run` itself: loader, logging and
-optimizer included. The peer is transformers' LlamaForCausalLM under torch.compile with a fused AdamW, fed by
-the same loader. Sides alternate in blocks of steps; the medians of the blocks count, and of each pair the ratio.
+is one JSON object: what, sizes, GPU, versions, commit, numbers. Ours is `train.Run` itself: loader, logging
+and optimizer included. The peer is transformers' LlamaForCausalLM under torch.compile with a fused AdamW, fed
+by the same loader. Sides alternate in blocks of steps; the medians of the blocks count, and of each pair the
+ratio.
 """
 
 from __future__ import annotations

@@ -23,7 +23,7 @@ from torch import Tensor
 from .config import DataConfig, DataError, globs
 from .evalset import EvalSet, eval_set, first
 from .files import Damage
-from .pack import IGNORE, Dense, Paper, dense_rows, paper_rows
+from .pack import IGNORE, Dense, Mixed, Paper, dense_rows, group_rows, paper_rows
 from .shards import ShardRows, Shards
 from .source import Cursor, Source, text_sources
 from .tokenizer import Tokenizer, check_size, find_tokenizer
@@ -87,9 +87,8 @@ class Dataset:
             "data.tokenizer": self.tokenizer.sha256,
             "data.packing": cfg.packing,
             "seed": seed,
+            "seq_len": seq_len,
         }
-        if cfg.name == "tokens":
-            self._identity["seq_len"] = seq_len
 
     def loader(
         self, rows: int, rank: int = 0, world: int = 1, state: dict[str, Any] | None = None, pin: bool = False
@@ -220,18 +219,24 @@ def encoded(
 
 
 class _TextStream:
-    """Rows of tokenized documents. Position: the block's Cursor, the document in it, the token in that."""
+    """Rows of tokenized documents.
+
+    Position: the block's Cursor, the document in it, the token in that. For dense packing these say where a
+    group of rows begins; the group's number and the rows of it that are used are added.
+    """
 
     def __init__(
         self, source: Source, pool: Pool, packing: str, seq_len: int, state: dict[str, Any], damage: Damage
     ) -> None:
         self.damage, self._source, self._pool = damage, source, pool
-        document, skip = state.pop("document", 0), state.pop("token", 0)
+        document, token, group, row = (state.pop(k, 0) for k in ("document", "token", "group", "row"))
         documents = encoded(self._chunks(Cursor(**state), document), pool)
-        pad_id = pool.tokenizer.pad_id
-        self._pack = (
-            Dense(documents, seq_len, skip) if packing == "dense" else Paper(documents, seq_len, pad_id)
-        )
+        self._pack: Mixed[Any] | Paper[Any]
+        if packing == "dense":
+            dense = Dense(documents, seq_len, token)
+            self._pack = Mixed(dense, group_rows(seq_len), source.seed, group, row)
+        else:
+            self._pack = Paper(documents, seq_len, pool.tokenizer.pad_id)
 
     def _chunks(self, at: Cursor, first: int) -> Iterator[tuple[tuple[Cursor, int], list[str]]]:
         for cursor, texts in self._source.blocks(at, self.damage):
@@ -240,8 +245,9 @@ class _TextStream:
             first = 0
 
     def take(self, count: int, low: int, high: int) -> tuple[np.ndarray, np.ndarray, dict[str, Any]]:
-        x, y, ((cursor, first), number), token = self._pack.take(count)
-        return x[low:high], y[low:high], {**asdict(cursor), "document": first + number, "token": token}
+        x, y, ((cursor, first), number), *rest = self._pack.take(count)
+        place = dict(zip(("token", "group", "row"), rest, strict=False))
+        return x[low:high], y[low:high], {**asdict(cursor), "document": first + number, **place}
 
     def close(self) -> None:
         self._pool.close()

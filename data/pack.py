@@ -15,6 +15,7 @@ from typing import Generic, TypeVar
 import numpy as np
 
 IGNORE = -100  # a target that is not scored
+GROUP_TOKENS = 1 << 20  # rows permuted together: 16 MB of memory, at most a second of tokenizing at a start
 
 Where = TypeVar("Where")  # what a document's place in the order is described by
 
@@ -27,20 +28,80 @@ class Dense(Generic[Where]):
         self._held: deque[tuple[Where, np.ndarray]] = deque()
         self._tokens, self._used = -skip, skip  # tokens held and not used; used of the first document held
 
-    def take(self, rows: int) -> tuple[np.ndarray, np.ndarray, Where, int]:
-        """x, y (rows, seq_len) int64; the next row's place: its first token's document and number in that."""
-        count = rows * self._seq_len
-        while self._tokens < count + 1:  # one more: the last target is the next row's first token
+    def place(self) -> tuple[Where, int]:
+        """The next row's: its first token's document, and the token's number in that."""
+        self._hold(1)
+        while self._used >= len(self._held[0][1]):
+            self._used -= len(self._held.popleft()[1])
+        return self._held[0][0], self._used
+
+    def _hold(self, tokens: int) -> None:
+        while self._tokens < tokens:
             self._held.append(next(self._documents))
             self._tokens += len(self._held[-1][1])
+
+    def take(self, rows: int) -> tuple[np.ndarray, np.ndarray, Where, int]:
+        """x, y (rows, seq_len) int64; then the place of the next row."""
+        count = rows * self._seq_len
+        self._hold(count + 1)  # one more: the last target is the next row's first token
         parts = [tokens for _, tokens in self._held]
         stream = np.concatenate(parts)[self._used : self._used + count + 1].astype(np.int64)
         self._used += count
         self._tokens -= count
-        while self._used >= len(self._held[0][1]):
-            self._used -= len(self._held.popleft()[1])
-        x, y = stream[:-1].reshape(rows, -1), stream[1:].reshape(rows, -1)
-        return x, y, self._held[0][0], self._used
+        return stream[:-1].reshape(rows, -1), stream[1:].reshape(rows, -1), *self.place()
+
+
+class Mixed(Generic[Where]):
+    """Dense rows in groups of about 2^20 tokens, each group permuted by (seed, group).
+
+    Without it a document's rows would follow each other, and a small batch be of one document. A position is
+    where its group begins in the stream, the group's number, and the rows of it that are used.
+    """
+
+    def __init__(self, dense: Dense[Where], size: int, seed: int, group: int = 0, row: int = 0) -> None:
+        self._dense, self._size, self._seed = dense, size, seed
+        self._group, self._row = group, row
+        self._rows: tuple[np.ndarray, np.ndarray] | None = None
+        self._start: tuple[Where, int] | None = None  # where the group begins
+        self._after: tuple[Where, int] | None = None  # and the next one
+
+    def take(self, rows: int) -> tuple[np.ndarray, np.ndarray, Where, int, int, int]:
+        """x, y (rows, seq_len) int64; then the place of the next row: group's first document, token in that,
+        group, row."""
+        xs, ys = [], []
+        while rows:
+            x, y = self._rows or self._begin()
+            part = slice(self._row, self._row + rows)
+            xs.append(x[part])
+            ys.append(y[part])
+            rows -= len(xs[-1])
+            self._row += len(xs[-1])
+            if self._row == self._size:
+                self._group, self._row, self._rows, self._start = self._group + 1, 0, None, self._after
+        assert self._start is not None
+        return np.concatenate(xs), np.concatenate(ys), *self._start, self._group, self._row
+
+    def _begin(self) -> tuple[np.ndarray, np.ndarray]:
+        self._start = self._dense.place()
+        x, y, document, token = self._dense.take(self._size)
+        self._after = document, token
+        order = permutation(self._size, self._seed, self._group)
+        self._rows = x[order], y[order]
+        return self._rows
+
+
+def group_rows(seq_len: int) -> int:
+    """Rows of a group of Mixed."""
+    return max(1, GROUP_TOKENS // seq_len)
+
+
+def permutation(n: int, *key: int) -> np.ndarray:
+    """Of 0..n-1, a function of the key.
+
+    From the raw words of a counter-based generator: the same in every numpy, unlike Generator.permutation.
+    """
+    random = np.random.Philox(np.random.SeedSequence(key))
+    return np.argsort(random.random_raw(n), kind="stable")
 
 
 class Paper(Generic[Where]):

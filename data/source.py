@@ -17,11 +17,10 @@ import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-import numpy as np
-
 from .archive import HUB, hub, one_line, split_name
 from .config import DamageLimit, DataConfig, DataError, globs
 from .files import Damage, documents
+from .pack import permutation
 
 BLOCK_DOCUMENTS = 8192  # shuffled together
 BLOCK_CHARS = 1 << 26  # or fewer documents, where they are long: what a block may hold in memory
@@ -92,9 +91,7 @@ class Source:
         return sorted(self.files, key=key)
 
     def _shuffled(self, texts: list[str], at: Cursor) -> list[str]:
-        random = np.random.Philox(np.random.SeedSequence((self.seed, at.epoch, at.block)))
-        # Raw words of a counter-based generator: the same in every numpy, unlike `permutation`.
-        return [texts[i] for i in np.argsort(random.random_raw(len(texts)), kind="stable")]
+        return [texts[i] for i in permutation(len(texts), self.seed, at.epoch, at.block)]
 
 
 def text_sources(cfg: DataConfig, seed: int) -> tuple[Source, Source]:

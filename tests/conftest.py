@@ -14,6 +14,17 @@ import torch  # noqa: E402 - after the variables above
 
 torch.set_num_threads(1)
 
+from data import pack  # noqa: E402
+
+
+@pytest.fixture(scope="module")
+def small_groups():
+    """Dense rows mixed over 256 tokens, not a million: a small corpus is not read a hundred times."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(pack, "GROUP_TOKENS", 256)
+        yield
+
+
 WORDS = (
     "the of and to in a is that it was for on are as with his they at be this from have or by one had not "
     "but what all were when we there can an your which their said if do will each about how up out them then "

@@ -16,6 +16,8 @@ from data import DamageLimit, DataConfig, DataError, build, source
 from data.files import NAMED_DAMAGE, PIECE_BYTES, Damage, documents
 from data.source import Cursor, Source, find
 
+pytestmark = pytest.mark.usefixtures("small_groups")
+
 TEXTS = [
     f"Document {i}, {'with a longer text, ' * (i % 5)}caf\u00e9 \U0001f333 and\nsecond line."
     for i in range(40)

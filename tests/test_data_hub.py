@@ -12,6 +12,8 @@ import pytest
 from data import DataConfig, DataError, Tokenizer, build, tokenizer
 from data.source import Source
 
+pytestmark = pytest.mark.usefixtures("small_groups")
+
 TEXTS = {
     s: [[f"{s} {f} {d}: the river and the hill." for d in range(60)] for f in range(2)]
     for s in ("train", "validation")

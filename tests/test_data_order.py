@@ -16,7 +16,10 @@ from hypothesis import strategies as st
 
 from data import DamageLimit, DataConfig, DataError, build, loader, source
 from data.files import Damage
+from data.pack import permutation
 from data.source import Cursor, Source
+
+pytestmark = pytest.mark.usefixtures("small_groups")
 
 ROOT = Path(__file__).parents[1]
 COUNTS = (23, 5, 0, 11)  # documents a file; 39 a epoch in blocks of 7
@@ -109,12 +112,15 @@ def test_the_rows_are_the_joined_documents_in_the_order_of_the_blocks(datasets, 
     files = Source([str(folder / f"{f}.jsonl") for f in range(len(COUNTS))], seed=5)
     blocks = files.blocks(Cursor(), Damage())
     tokens = []
-    while len(tokens) < 30 * 6 * SEQ + 1:
+    while len(tokens) < (30 * 6 + 16) * SEQ + 1:
         for text in next(blocks)[1]:
             tokens += [*data.tokenizer.encode(text), data.tokenizer.eos_id]
     x, y, _ = read(data, 6, 30)
-    assert x.ravel().tolist() == tokens[: x.size]
-    assert y.ravel().tolist() == tokens[1 : x.size + 1]
+    group = 256 // SEQ  # rows that are mixed, by a permutation drawn from (seed, number of the group)
+    for row in range(len(x)):
+        begin = (row - row % group + permutation(group, 5, row // group)[row % group]) * SEQ
+        assert x[row].tolist() == tokens[begin : begin + SEQ]
+        assert y[row].tolist() == tokens[begin + 1 : begin + SEQ + 1]
 
 
 def test_each_epoch_has_every_document_once_in_another_order(datasets):

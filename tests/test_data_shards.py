@@ -16,6 +16,8 @@ from data import DamageLimit, DataConfig, DataError, Tokenizer, build, prepare, 
 from data.files import Damage
 from data.source import Source
 
+pytestmark = pytest.mark.usefixtures("small_groups")
+
 ROOT = Path(__file__).parents[1]
 SEQ = 16
 
