@@ -8,8 +8,6 @@ from __future__ import annotations
 
 import logging
 import os
-import queue
-import threading
 import zlib
 from collections.abc import Generator, Iterator
 from dataclasses import asdict, dataclass
@@ -20,10 +18,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from .ahead import Ahead
 from .config import DataConfig, DataError, globs
 from .evalset import EvalSet, eval_set, first
 from .files import Damage
-from .pack import IGNORE, Dense, Mixed, Paper, dense_rows, group_rows, paper_rows
+from .pack import IGNORE, Dense, Mixed, Paper, dense_rows, group_rows, groups, paper_rows
 from .shards import ShardRows, Shards
 from .source import Cursor, Source, text_sources
 from .tokenizer import Tokenizer, check_size, find_tokenizer
@@ -232,9 +231,10 @@ class _TextStream:
         document, token, group, row = (state.pop(k, 0) for k in ("document", "token", "group", "row"))
         documents = encoded(self._chunks(Cursor(**state), document), pool)
         self._pack: Mixed[Any] | Paper[Any]
-        if packing == "dense":
-            dense = Dense(documents, seq_len, token)
-            self._pack = Mixed(dense, group_rows(seq_len), source.seed, group, row)
+        self._groups: Ahead[Any] | None = None
+        if packing == "dense":  # the next group is tokenized while one is trained on
+            self._groups = Ahead(groups(Dense(documents, seq_len, token), group_rows(seq_len)), 1)
+            self._pack = Mixed(self._groups, source.seed, group, row)
         else:
             self._pack = Paper(documents, seq_len, pool.tokenizer.pad_id)
 
@@ -250,7 +250,11 @@ class _TextStream:
         return x[low:high], y[low:high], {**asdict(cursor), "document": first + number, **place}
 
     def close(self) -> None:
+        if self._groups is not None:
+            self._groups.close()
         self._pool.close()
+        if self._groups is not None:
+            self._groups.join()
 
 
 class _ShardStream:
@@ -282,11 +286,7 @@ class Loader:
         self._stream, self._identity, self._pin = stream, identity, pin
         share = rows // world
         self._share = (rows, rank * share, (rank + 1) * share)
-        self._ready: queue.Queue[Batch | BaseException] = queue.Queue(DEPTH)
-        self._closed = threading.Event()
-        self._error: BaseException | None = None
-        self._thread = threading.Thread(target=self._run, name="loader", daemon=True)
-        self._thread.start()
+        self._ahead = Ahead(self._batches(), DEPTH)
 
     @property
     def damaged(self) -> int:
@@ -297,14 +297,7 @@ class Loader:
         return self
 
     def __next__(self) -> Batch:
-        if self._closed.is_set():
-            raise ValueError("the loader is closed")
-        if self._error is None:
-            item = self._ready.get()
-            if isinstance(item, Batch):
-                return item
-            self._error = item
-        raise self._error
+        return next(self._ahead)
 
     def __enter__(self) -> Loader:
         return self
@@ -313,32 +306,18 @@ class Loader:
         self.close()
 
     def close(self) -> None:
-        """Stop the thread and the tokenizing processes."""
-        self._closed.set()
+        """Stop the threads and the tokenizing processes."""
+        self._ahead.close()
         self._stream.close()
-        # A read over the network may take longer: the thread ends with the process.
-        self._thread.join(timeout=10)
+        self._ahead.join()
 
-    def _run(self) -> None:
-        try:
-            while not self._closed.is_set():
-                self._put(self._batch())
-        except BaseException as error:
-            self._put(error)
-
-    def _batch(self) -> Batch:
-        x, y, state = self._stream.take(*self._share)
-        state["of"] = self._identity
-        digest = sum(zlib.crc32(row.tobytes(), place) for place, row in enumerate(x, self._share[1]))
-        return Batch(self._tensor(x), self._tensor(y), state, int((y != IGNORE).sum()), digest)
+    def _batches(self) -> Iterator[Batch]:
+        while True:
+            x, y, state = self._stream.take(*self._share)
+            state["of"] = self._identity
+            digest = sum(zlib.crc32(row.tobytes(), place) for place, row in enumerate(x, self._share[1]))
+            yield Batch(self._tensor(x), self._tensor(y), state, int((y != IGNORE).sum()), digest)
 
     def _tensor(self, rows: np.ndarray) -> Tensor:
         tensor = torch.from_numpy(np.ascontiguousarray(rows))
         return tensor.pin_memory() if self._pin else tensor
-
-    def _put(self, item: Batch | BaseException) -> None:
-        while not self._closed.is_set():
-            try:
-                return self._ready.put(item, timeout=0.1)
-            except queue.Full:
-                pass

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Iterator
+from dataclasses import dataclass, replace
 from typing import Generic, TypeVar
 
 import numpy as np
@@ -58,36 +59,47 @@ class Mixed(Generic[Where]):
     where its group begins in the stream, the group's number, and the rows of it that are used.
     """
 
-    def __init__(self, dense: Dense[Where], size: int, seed: int, group: int = 0, row: int = 0) -> None:
-        self._dense, self._size, self._seed = dense, size, seed
+    def __init__(self, groups: Iterator[Group[Where]], seed: int, group: int = 0, row: int = 0) -> None:
+        self._groups, self._seed = groups, seed
         self._group, self._row = group, row
-        self._rows: tuple[np.ndarray, np.ndarray] | None = None
-        self._start: tuple[Where, int] | None = None  # where the group begins
-        self._after: tuple[Where, int] | None = None  # and the next one
+        self._rows: Group[Where] | None = None
 
     def take(self, rows: int) -> tuple[np.ndarray, np.ndarray, Where, int, int, int]:
         """x, y (rows, seq_len) int64; then the place of the next row: group's first document, token in that,
         group, row."""
         xs, ys = [], []
         while rows:
-            x, y = self._rows or self._begin()
+            held = self._rows = self._rows or self._begin()
             part = slice(self._row, self._row + rows)
-            xs.append(x[part])
-            ys.append(y[part])
+            xs.append(held.x[part])
+            ys.append(held.y[part])
             rows -= len(xs[-1])
             self._row += len(xs[-1])
-            if self._row == self._size:
-                self._group, self._row, self._rows, self._start = self._group + 1, 0, None, self._after
-        assert self._start is not None
-        return np.concatenate(xs), np.concatenate(ys), *self._start, self._group, self._row
+            place = held.start
+            if self._row == len(held.x):
+                self._group, self._row, self._rows, place = self._group + 1, 0, None, held.end
+        return np.concatenate(xs), np.concatenate(ys), *place, self._group, self._row
 
-    def _begin(self) -> tuple[np.ndarray, np.ndarray]:
-        self._start = self._dense.place()
-        x, y, document, token = self._dense.take(self._size)
-        self._after = document, token
-        order = permutation(self._size, self._seed, self._group)
-        self._rows = x[order], y[order]
-        return self._rows
+    def _begin(self) -> Group[Where]:
+        group = next(self._groups)
+        order = permutation(len(group.x), self._seed, self._group)
+        return replace(group, x=group.x[order], y=group.y[order])
+
+
+@dataclass(frozen=True)
+class Group(Generic[Where]):
+    x: np.ndarray  # (rows, seq_len) int64
+    y: np.ndarray
+    start: tuple[Where, int]  # the first row's place in the stream: document, token in that
+    end: tuple[Where, int]  # and the next group's
+
+
+def groups(dense: Dense[Where], size: int) -> Iterator[Group[Where]]:
+    """The stream's rows, `size` at a time."""
+    while True:
+        start = dense.place()
+        x, y, document, token = dense.take(size)
+        yield Group(x, y, start, (document, token))
 
 
 def group_rows(seq_len: int) -> int:

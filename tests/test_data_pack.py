@@ -4,7 +4,7 @@ import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from data.pack import IGNORE, Dense, Mixed, Paper
+from data.pack import IGNORE, Dense, Mixed, Paper, groups
 
 EOS, PAD = 2, 3
 documents = st.lists(st.lists(st.integers(4, 99), min_size=1, max_size=30), min_size=1, max_size=8)
@@ -61,7 +61,7 @@ def test_paper_is_one_document_a_row(docs, seq_len, takes):
 @settings(max_examples=60, deadline=None)
 @given(documents, st.integers(1, 9), st.integers(1, 7), st.lists(st.integers(1, 9), min_size=1, max_size=6))
 def test_mixed_groups_hold_the_dense_rows_and_resume_anywhere(docs, seq_len, size, takes):
-    mixed = Mixed(Dense(stream(docs), seq_len), size, 3)
+    mixed = Mixed(groups(Dense(stream(docs), seq_len), size), 3)
     got = [mixed.take(rows) for rows in takes]
     x = np.concatenate([g[0] for g in got])
     dense = Dense(stream(docs), seq_len).take(len(x) + size)[0]
@@ -69,7 +69,7 @@ def test_mixed_groups_hold_the_dense_rows_and_resume_anywhere(docs, seq_len, siz
         part = slice(begin, begin + size)
         assert sorted(x[part].tolist()) == sorted(dense[part].tolist())
     for n, (_, _, document, token, group, row) in enumerate(got[:-1]):
-        again = Mixed(Dense(stream(docs, document), seq_len, token), size, 3, group, row)
+        again = Mixed(groups(Dense(stream(docs, document), seq_len, token), size), 3, group, row)
         for rows, want in zip(takes[n + 1 :], got[n + 1 :], strict=True):
             for a, b in zip(again.take(rows), want, strict=True):
                 assert np.array_equal(a, b)
@@ -77,7 +77,7 @@ def test_mixed_groups_hold_the_dense_rows_and_resume_anywhere(docs, seq_len, siz
 
 def test_mixed_groups_are_permuted_each_in_its_own_way():
     docs = [[n] for n in range(4, 4 + 64)]  # rows of two: (n, EOS)
-    x = Mixed(Dense(stream(docs), 2), 32, 0).take(64)[0][:, 0].tolist()
+    x = Mixed(groups(Dense(stream(docs), 2), 32), 0).take(64)[0][:, 0].tolist()
     first, second = x[:32], [n - 32 for n in x[32:]]
     assert sorted(first) == sorted(second) == list(range(4, 36))
     assert first != sorted(first) and first != second
