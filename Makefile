@@ -52,7 +52,7 @@ $(READY): pyproject.toml constraints.txt
 
 train: $(READY)
 	$(PY) train.py experiment=quickstart $(ARGS)
-	$(PY) -m llama.generate $(RUN) "The people of the United States"
+	$(PY) -m llama.generate $(RUN) "The Congress should"
 
 test: $(READY)
 	$(PY) -m pytest $(ARGS)

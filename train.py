@@ -26,6 +26,7 @@ import torch
 import data
 import optim
 from configs.cli import answer, parse
+from configs.resume import MAY_CHANGE, differences
 from configs.schema import Config, ConfigError, to_yaml
 from llama import checkpoint, metrics, pretrained
 from llama.card import peak_flops
@@ -38,30 +39,6 @@ from optim import Comm
 log = logging.getLogger("subspan")
 PROMPTS = ("The ", "In the year", "It is")
 SKIPPED_IN_A_ROW = 10  # steps in a row with a non-finite gradient before the run stops
-
-# Settings that may differ from those of the save that a run goes on from; any other change is refused.
-MAY_CHANGE = (
-    *(
-        "steps",
-        "eval_every",
-        "save_every",
-        "keep_last",
-        "log",
-        "compile",
-        "micro_batch",
-        "run.",
-        "data.workers",
-    ),
-    *(
-        "data.cache",
-        "data.validation",
-        "optim.lr",
-        "optim.warmup",
-        "optim.schedule",
-        "optim.min_lr_ratio",
-        "optim.clip",
-    ),
-)
 
 
 class Stopped(RuntimeError):
@@ -312,18 +289,6 @@ def prepare(cfg: Config) -> tuple[Path, Path | None]:
             log.info("changed   %s", change)
     (folder / "config.yaml").write_text(to_yaml(cfg), encoding="utf-8")
     return folder, source
-
-
-def differences(before: dict[str, Any], now: dict[str, Any], prefix: str = "") -> list[str]:
-    """Changed settings as `key=now: was before`."""
-    found = []
-    for key in sorted({*before, *now}):
-        a, b = before.get(key), now.get(key)
-        if isinstance(a, dict) and isinstance(b, dict):
-            found += differences(a, b, f"{prefix}{key}.")
-        elif a != b:
-            found.append(f"{prefix}{key}={b}: was {a}")
-    return found
 
 
 def train(cfg: Config, comm: Comm) -> None:

@@ -1,0 +1,37 @@
+"""What may differ between a save and the command that goes on from it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+# Keys, or beginnings of keys; any other change is refused.
+MAY_CHANGE = (
+    "steps",
+    "eval_every",
+    "save_every",
+    "keep_last",
+    "log",
+    "compile",
+    "micro_batch",
+    "run.",
+    "data.workers",
+    "data.cache",
+    "data.validation",
+    "optim.lr",
+    "optim.warmup",
+    "optim.schedule",
+    "optim.min_lr_ratio",
+    "optim.clip",
+)
+
+
+def differences(before: dict[str, Any], now: dict[str, Any], prefix: str = "") -> list[str]:
+    """Changed settings as `key=now: was before`."""
+    found = []
+    for key in sorted({*before, *now}):
+        a, b = before.get(key), now.get(key)
+        if isinstance(a, dict) and isinstance(b, dict):
+            found += differences(a, b, f"{prefix}{key}.")
+        elif a != b:
+            found.append(f"{prefix}{key}={b}: was {a}")
+    return found
