@@ -160,6 +160,8 @@ class Run:
 
     def evaluate(self, step: int) -> None:
         comm = self.comm
+        if self.book:
+            self.book.flush()  # so that the steps' rate does not count the time from here on
         with self.precision():
             values = evaluate(
                 self.model,
