@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import hashlib
 import logging
+import os
 import shutil
 import signal
 import sys
@@ -319,15 +320,19 @@ def main(argv: list[str]) -> int:
             cfg.model = replace(pretrained.load_config(cfg.model.init_from), init_from=cfg.model.init_from)
         cfg = cfg.resolved()
         comm = Comm.from_env()
-        cfg.accumulation(comm.world)
         if comm.rank:
             log.setLevel(logging.ERROR)
+        comm.first(lambda: cfg.accumulation(comm.world))
         train(cfg, comm)
     except (ConfigError, data.DataError, pretrained.FolderError) as e:
-        print(e, file=sys.stderr)
+        if comm or optim.launcher(os.environ)[0] == 0:  # before the ranks have met all of them see the same
+            print(e, file=sys.stderr)
+        return 2
+    except optim.Elsewhere:
         return 2
     except (Stopped, data.DamageLimit) as e:
-        print(f"stopped: {e}", file=sys.stderr)
+        if comm is None or comm.rank == 0 or not isinstance(e, Stopped):  # all ranks stop alike: one says so
+            print(f"stopped: {e}", file=sys.stderr)
         return 3
     except torch.OutOfMemoryError as e:
         print(f"out of memory: {str(e).splitlines()[0]}\ntry a smaller micro_batch", file=sys.stderr)

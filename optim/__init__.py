@@ -12,7 +12,7 @@ else:
     kernels = import_module("..kernels", __name__)
 
 from .attach import attach
-from .comm import Comm
+from .comm import Comm, Elsewhere, launcher
 from .schedule import factor
 
-__all__ = ["Comm", "attach", "factor", "kernels"]
+__all__ = ["Comm", "Elsewhere", "attach", "factor", "kernels", "launcher"]

@@ -17,6 +17,10 @@ import torch
 import torch.distributed as dist
 
 
+class Elsewhere(RuntimeError):
+    """Another rank failed; it prints the reason, this one only ends."""
+
+
 @dataclass
 class Comm:
     """rank and world over all nodes; local_rank within this one; group None when alone."""
@@ -63,18 +67,18 @@ class Comm:
         return t
 
     def first(self, make: Callable[[], Any]) -> Any:
-        """make() on rank 0, its (picklable) result on all ranks; an exception there is raised everywhere."""
+        """make() on rank 0, its (picklable) result everywhere; where it fails the others raise Elsewhere."""
         if self.group is None:
             return make()
-        box: list[Any] = [None, None]
+        result, error = None, None
         if self.rank == 0:
             try:
-                box[0] = make()
-            except Exception as e:  # sent on, raised below on every rank
-                box[1] = e
+                result = make()
+            except Exception as e:  # the others are waiting: they must be told first
+                error = e
+        self._together(error)
+        box = [result]
         dist.broadcast_object_list(box, src=0, group=self.control)
-        if box[1] is not None:
-            raise box[1]
         return box[0]
 
     def node_first(self, make: Callable[[], Any]) -> Any:
@@ -83,15 +87,18 @@ class Comm:
             return make()
         result, error = None, None
         for turn in (True, False):
-            if (self.local_rank == 0) == turn and not error:
+            if (self.local_rank == 0) == turn:
                 try:
                     result = make()
-                except Exception as e:  # a rank that failed must still meet the others at the barrier
+                except Exception as e:  # as above
                     error = e
-            dist.barrier(group=self.control)
-        if self.sums(error is not None)[0]:
-            raise error or RuntimeError("another rank failed; its message says why")
+            self._together(error)
         return result
+
+    def _together(self, error: Exception | None) -> None:
+        """Where any rank failed, every rank raises: that one its error, the others Elsewhere."""
+        if self.sums(error is not None)[0]:
+            raise error or Elsewhere("another rank failed and says why")
 
     def close(self) -> None:
         if self.group is not None:

@@ -235,3 +235,13 @@ def test_init_from_takes_weights_and_shapes(whole, command, tmp_path):
     args += [f"model.init_from={source}", f"data.tokenizer={whole}/tokenizer.model"]
     assert train.main(args) == 0
     assert rows(tmp_path / "r")[0]["val_loss"] == pytest.approx(rows(whole)[-1]["val_loss"], rel=1e-6)
+
+
+def test_two_ranks_report_a_bad_setting_once(whole, command):
+    cases = (("tokens_per_step=192", "2 ranks"), ("model.vocab_size=300", "384"), ("steps=-3", "outside"))
+    for change, says in cases:
+        args = command(whole.parent, change, "run.name=other", f"data.tokenizer={whole}/tokenizer.model")
+        two = torchrun(2, args)
+        lines = [line for line in two.stderr.splitlines() if change.split("=")[0] in line]
+        assert two.returncode != 0 and len(lines) == 1 and says in lines[0], two.stderr
+        assert 'train.py", line' not in two.stderr  # torchrun shows a traceback of its own, we none
