@@ -146,7 +146,8 @@ class Run:
             if asked:
                 if saved < step - 1:
                     self.save(step - 1)
-                log.info("%s: saved at step %d; the same command goes on from there", stop.name, step - 1)
+                what = f"saved at step {step - 1}" if step > 1 else "stopped before the first step"
+                log.info("%s: %s; the same command goes on from there", stop.name, what)
                 return
             self.step(step, batch, max(1, valid))
             self.stream = hashlib.sha256(f"{self.stream}{digest}".encode()).hexdigest()
