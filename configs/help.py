@@ -52,7 +52,7 @@ PHRASES = {
     "data.tokenizer": "a SentencePiece file, t5, llama or train",
     "data.workers": "tokenizing processes; null: by machine",
     "data.cache": "null: ~/.cache/subspan",
-    "data.path": "data=c4: a mirror or folder with its layout",
+    "data.path": "data=c4: a folder with its layout",
     "optim.lr": "null: by model size",
     "optim.scale": "matrices in blocks run at lr * scale",
     "optim.beta1": "first moment",

@@ -40,9 +40,7 @@ def plan(ws: list[Tensor]) -> Tensor | None:
 
 
 def adam_(
-    ws: list[
-        Tensor
-    ],  # weights; all lists hold one tensor a parameter, any shape, updated in place but for gs
+    ws: list[Tensor],  # weights, one tensor a parameter as in all lists, any shape; in place but for gs
     gs: list[Tensor],  # gradients
     ms: list[Tensor],  # first moments
     vs: list[Tensor],  # second moments

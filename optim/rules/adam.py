@@ -1,4 +1,4 @@
-"""Adam (Kingma and Ba, Algorithm 1) with bias correction, decay decoupled. See kernels.adam."""
+"""Adam (Kingma and Ba, Algorithm 1) with bias correction, decay decoupled. See kernels.reference."""
 
 from __future__ import annotations
 
