@@ -1,7 +1,8 @@
 """How a rule's state is stored; arithmetic is in fp32 (float64 weights: float64) whatever the store.
 
 fp32  as is (float64 weights: float64).
-bf16  half the bytes. The first moment rounds to nearest, the second stochastically: see kernels.reference.adam.
+bf16  half the bytes. The first moment rounds to nearest, the second stochastically; kernels.reference.adam
+      says why.
 """
 
 from __future__ import annotations
