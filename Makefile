@@ -13,12 +13,13 @@ export MPLCONFIGDIR := $(CURDIR)/$(VENV)/matplotlib
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help setup train test lint bench loc clean
+.PHONY: help setup train test lint mutants bench loc clean
 
 help:
 	@echo 'make train   learn English on this CPU in minutes, then print text from the model'
 	@echo 'make test    run all tests that need no GPU'
 	@echo 'make lint    ruff and mypy'
+	@echo 'make mutants break the source line by line: does each test notice? (minutes)'
 	@echo 'make bench   speed and memory beside transformers; needs an NVIDIA GPU'
 	@echo 'make setup   only make the environment in $(VENV) (the others do it by themselves)'
 	@echo 'make loc     lines of code by folder'
@@ -61,6 +62,9 @@ lint: $(READY)
 	$(PY) -m ruff check
 	$(PY) -m ruff format --check
 	$(PY) -m mypy
+
+mutants: $(READY)
+	$(PY) tests/mutants.py $(ARGS)
 
 bench: $(READY)
 	@echo 'The benchmark needs one NVIDIA GPU and compares with transformers on the same card.'
