@@ -64,6 +64,7 @@ class Run:
         self.model = build_model(cfg.model, comm.device, self.dtype, cfg.seed)
         if cfg.model.init_from and not source:
             pretrained.load_weights(self.model, Path(cfg.model.init_from))
+        torch.manual_seed(cfg.seed)  # the first bases of projected methods
         self.opt = optim.attach(
             self.model,
             cfg.optim.name,
@@ -72,11 +73,13 @@ class Run:
             reduce="sum" if comm.group else None,
             **{k: v for k, v in vars(cfg.optim).items() if k != "name"},
         )
+        self.opt.warmup_steps = round(cfg.optim.warmup * self.steps)
         saved = self.restore(source) if source else {}
         self.start = saved.get("step", 0)
         self.position: dict[str, Any] | None = saved.get("data")
         self.stream: str = saved.get("stream", "")  # running hash of every token trained on, over all ranks
         if cfg.compile == "auto" and cuda:
+            torch._dynamo.config.fail_on_recompile_limit_hit = True  # instead of running eager in silence
             compile_blocks(self.model)
         rows = cfg.tokens_per_step // cfg.seq_len
         self.loader = self.dataset.loader(rows, comm.rank, comm.world, state=self.position, pin=cuda)
@@ -100,21 +103,23 @@ class Run:
         """One update. `valid` is the number of targets over all micro-batches and ranks: with it the sum of
         the micro-batches' losses is the mean over tokens, whatever their lengths."""
         lr = self.set_lr(step)
-        total = torch.zeros((), dtype=torch.float32, device=self.comm.device)
-        for x, y in zip(
-            batch.x.split(self.cfg.micro_batch), batch.y.split(self.cfg.micro_batch), strict=True
-        ):
-            x, y = (t.to(self.comm.device, non_blocking=True) for t in (x, y))
-            with self.precision():
-                loss = self.model(x, y) / valid
-            loss.backward()
-            total += loss.detach()
+        size = self.cfg.micro_batch
+        for _ in range(self.opt.passes):
+            total = torch.zeros((), dtype=torch.float32, device=self.comm.device)
+            for x, y in zip(batch.x.split(size), batch.y.split(size), strict=True):
+                x, y = (t.to(self.comm.device, non_blocking=True) for t in (x, y))
+                with self.precision():
+                    loss = self.model(x, y) / valid
+                loss.backward()
+                total += loss.detach()
         self.opt.step()
         self.opt.zero_grad()
         self.position = batch.state
         self.comm.sum_(total)
         if self.book:
-            self.book.step(step, lr, self.cfg.tokens_per_step, {"loss": total, **self.opt.stats})
+            found, bases = self.opt.first_round
+            note = f"first bases {found}/{bases}" if found < bases else ""
+            self.book.step(step, lr, self.cfg.tokens_per_step, {"loss": total, **self.opt.stats}, note)
 
     def precision(self) -> AbstractContextManager[Any]:
         """fp32 weights on a GPU: matrix products still run in bf16."""

@@ -6,6 +6,7 @@ Imports torch and triton only.
 """
 
 from .dispatch import adam_, choose, cross_entropy_, plan
+from .lift import lift_
 from .reference import Column, stochastic_bf16
 
-__all__ = ["Column", "adam_", "choose", "cross_entropy_", "plan", "stochastic_bf16"]
+__all__ = ["Column", "adam_", "choose", "lift_", "cross_entropy_", "plan", "stochastic_bf16"]

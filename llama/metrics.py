@@ -53,7 +53,8 @@ class Metrics:
         self.flops_per_token, self.peak_flops = flops_per_token, peak_flops
         self.tokens = cut(self.path, start)
         self.file = open(self.path, "a", encoding="utf-8")  # noqa: SIM115 - open for the run's life
-        self.pending: list[tuple[dict[str, Any], dict[str, Tensor]]] = []
+        self.pending: list[tuple[dict[str, Any], dict[str, Tensor | float]]] = []
+        self.note = ""
         self.line = Line(sys.stderr)
         self.begun = time.perf_counter()
         self.resume_clock()
@@ -63,8 +64,12 @@ class Metrics:
         self.since = time.perf_counter()
         self.window = 0
 
-    def step(self, step: int, lr: float, tokens: int, scalars: dict[str, Tensor]) -> None:
-        """tokens: positions of this step over all ranks; scalars: 0-dim device tensors, not read here."""
+    def step(
+        self, step: int, lr: float, tokens: int, scalars: dict[str, Tensor | float], note: str = ""
+    ) -> None:
+        """tokens: positions of this step over all ranks; scalars: numbers, or 0-dim device tensors that are not read
+        here; note: a few words for the live line."""
+        self.note = note
         self.tokens += tokens
         self.window += tokens
         self.pending.append(({"step": step, "lr": lr, "tokens": self.tokens}, scalars))
@@ -76,16 +81,18 @@ class Metrics:
         """Reads the pending steps (one synchronisation), writes their rows, shows the last; returns them."""
         if not self.pending:
             return []
-        names = list(self.pending[0][1])
-        stacked = torch.stack([torch.stack([s[n].double() for n in names]) for _, s in self.pending]).tolist()
+        stacked = self.read()
         now = time.perf_counter()
         rate = self.window / (now - self.since)
+        spent = sum(got.pop("refresh_s", 0.0) for got in stacked) / (now - self.since)
         peak = (
             torch.cuda.max_memory_allocated(self.device) / 2**30 if self.device.type == "cuda" else rss_gib()
         )
         rows = []
-        for (row, _), values in zip(self.pending, stacked, strict=True):
-            got = {n: (v if math.isfinite(v) else None) for n, v in zip(names, values, strict=True)}
+        for (row, scalars), values in zip(self.pending, stacked, strict=True):
+            got = {n: (v if math.isfinite(v) else None) for n, v in values.items()}
+            if "refresh_s" in scalars:
+                got["refresh_share"] = round(spent, 5)  # of the time since the rows before
             rows.append(
                 {"step": row["step"], "loss": got.pop("loss"), "lr": row["lr"], "tokens": row["tokens"]}
                 | {"tokens_per_s": round(rate, 1), "peak_mem_gib": round(peak, 3), **got}
@@ -95,6 +102,15 @@ class Metrics:
         self.line.show(self.describe(rows[-1]), last=rows[-1]["step"] == self.steps)
         self.resume_clock()
         return rows
+
+    def read(self) -> list[dict[str, float]]:
+        """The pending steps' scalars as numbers: one copy from the device for all of them."""
+        flat = [(n, k) for n, (_, s) in enumerate(self.pending) for k in s if isinstance(s[k], Tensor)]
+        values = torch.stack([self.pending[n][1][k].double() for n, k in flat]).tolist()  # type: ignore[union-attr]
+        found = [{k: v for k, v in s.items() if not isinstance(v, Tensor)} for _, s in self.pending]
+        for (n, k), value in zip(flat, values, strict=True):
+            found[n][k] = value
+        return found
 
     def evaluation(self, step: int, values: dict[str, float]) -> None:
         self.flush()
@@ -123,6 +139,8 @@ class Metrics:
         done = row["step"] - self.start
         eta = (time.perf_counter() - self.begun) / done * (self.steps - row["step"])
         mfu = f" mfu {rate * self.flops_per_token / self.peak_flops:.0%}" if self.peak_flops else ""
+        if self.note:
+            mfu = f" {self.note}"
         return (
             f"{row['step']}/{self.steps} loss {loss} lr {row['lr']:.1e} {short(rate)} tok/s"
             f"{mfu} mem {row['peak_mem_gib']:.1f}G eta {duration(eta)}"

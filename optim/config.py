@@ -20,9 +20,16 @@ class OptimConfig:
     decay: float = 0.0  # decoupled; never on gains and embeddings
     clip: float = 0.0  # global gradient norm; 0: off
     moments: str = "fp32"  # fp32 | bf16
+    clip_mode: str = "exact"
+    update: str | None = None
+    embed_moments: str | None = None
     schedule: str = "cosine"  # cosine | linear | constant
     warmup: float = 0.1  # share of steps
     min_lr_ratio: float = 0.1
+
+    @property
+    def updates_in_backward(self):
+        return self.update == "in_backward" or (self.update is None and self.clip_mode != "exact")
 
     def problems(self) -> list[str]:
         """Every value out of range, one line each: `optim.key=value: reason; way out`. NaN is in no range."""
@@ -35,7 +42,6 @@ class OptimConfig:
         def one_of(key: str, names: tuple[str, ...]) -> None:
             need(getattr(self, key) in names, key, "no such choice", f"choose {' or '.join(names)}")
 
-        one_of("name", NAMES)
         need(
             self.lr is None or 0 < self.lr <= 10,
             "lr",
@@ -64,6 +70,28 @@ class OptimConfig:
         return found
 
 
-def default_lr(numbers: int) -> float:
+def default_lr(numbers: int, projected=False) -> float:
     """Peak lr of dense methods for a model of so many parameters."""
     return 1e-3 if numbers < 1_000_000_000 else 5e-4
+
+
+@dataclass
+class ProjectedConfig(OptimConfig):
+    scale: float = 0.25
+    clip_mode: str = "global_estimated"
+    rank: int | None = None
+    refresh_every: int | None = None
+    refresh: str = "staggered"
+    finder: str = "warm"
+    side: str = "input"
+    share: bool = True
+    transport: str = "auto"
+    basis_dtype: str | None = None
+
+
+def default_rank(n, h):
+    return h // 4
+
+
+def default_refresh_every(n):
+    return 200

@@ -1,196 +1,406 @@
 """The optimizer: one object between loss.backward() and new weights, whatever the method.
 
-One step of dense training, K micro-batches:
+One step, K micro-batches:
 
-    K x backward      autograd sums G into p.grad; a hook per parameter counts
-    step()            reduce G over ranks, in one fixed order -> norms -> clip coefficient, finite flags
-                      -> for each matrix: rule(G) -> W <- (1 - lr decay) W - lr scale direction
+    K x backward    autograd sums R (of a projected weight) or G (of a dense one) into a leaf's .grad; at
+                    the K-th a hook calls its unit ready
+    drain           ready units in one fixed order: take -> reduce over ranks, one in flight -> land:
+                    refresh step? basis from G, R = G Q -> squares -> finite flag, clip -> rule -> lift
+    step()          drains what is left, gains and biases in one launch, statistics, clock, next refreshes
 
-Every per-step scalar (lr, decay factor, clip coefficient, finite flag, t) is a column of one small device
-tensor with a row a parameter: nothing is read back by the host in a step. A matrix whose gradient holds a NaN
-or an infinity is skipped whole: its weight, state and t stay as they were, and the skip is counted. After the
-reduction all ranks hold the same gradient, so they skip alike without a message.
+update=in_backward drains from the hooks, update=after in step(): the same code, the same bits. Per-step scalars
+(lr, decay factor, clip coefficient, finite flag, t) are columns of one device tensor, see scalars.py: the host
+reads nothing back but, on a refresh step, whether the factorisation succeeded. A unit whose gradient holds a NaN
+or an infinity is skipped whole: weight, state and t stay, the skip is counted. After the reduction all ranks hold
+the same gradient, so they skip alike.
+
+Clipping multiplies R (or G) by c = min(1, clip / norm) before the moments. The norm: exact (dense methods), from
+the probe's estimates (global_estimated), of the Rs, which are smaller (projected), or each unit's own
+(per_layer). The two global modes know this step's norm if updates come after backward, else the last step's.
 """
 
 from __future__ import annotations
 
+import math
+import warnings
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 
-from . import kernels, moments
-from .rules.adam import Adam
+from . import kernels, memory, state
+from .config import OptimConfig
+from .layer import unproject
+from .reduce import Flight, Reduce
+from .refresh import Eager, Refresher, due
+from .rules import Rule
+from .scalars import Scalars
+from .unit import Basis, Unit, local
 
 Column = kernels.Column
+LAGGED = ("global_estimated", "projected")  # clip modes that in backward know the last step's norm only
+NORM_OF = {"projected": 0}  # clip mode -> column of Scalars.squares; all others 1
+WHOLE = (
+    "the whole model was compiled: its backward hands out all gradients at its end, and each refreshed layer "
+    "compiles it anew; compile the blocks one by one instead (for block in model.layers: block.compile())"
+)
 
 
-@dataclass
-class Owned:
-    """One parameter and how it is trained."""
+def basis_dtype(cfg: OptimConfig, w: Tensor) -> torch.dtype:
+    """Of the bases of weight w."""
+    name = getattr(cfg, "basis_dtype", None)
+    return {"bf16": torch.bfloat16, "fp32": torch.float32}[name] if name else w.dtype
 
-    name: str
-    param: nn.Parameter
-    role: str  # matrix | embedding | head | gain | other
-    scale: float  # its lr is group lr * scale
-    decay: float  # decoupled
+
+class _Nothing:
+    def __call__(self, module: nn.Module, args: Any) -> None:
+        pass
+
+
+class _Begin:
+    """Forward pre-hook of the model: counts forwards, and sees when the whole model is being traced.
+
+    Copies and pickles of the model get one that does nothing.
+    """
+
+    def __init__(self, engine: Engine) -> None:
+        self.engine, self.whole = engine, False
+
+    def __call__(self, module: nn.Module, args: Any) -> None:
+        if torch.compiler.is_compiling():
+            self.whole = True  # dynamo replays the write
+        elif torch.is_grad_enabled():
+            self.engine.forward_begins()
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _Nothing, ()
 
 
 class Engine(torch.optim.Optimizer):
     """Made by `attach`. A torch optimizer: param_groups, step, zero_grad, state_dict, LR schedulers.
 
-    state_dict() is keyed by parameter name and holds tensors and numbers only. `accum_steps` backwards make
-    one step; it may be set between steps. `stats` holds this step's device scalars: grad_norm (before
-    clipping, over the finite matrices), skipped (matrices skipped by this step), skipped_in_a_row (steps).
+    accum_steps    backwards that make one step; may be set between steps
+    warmup_steps   of the lr schedule: the first round of bases is spread over them; set before training
+    passes         times that a step's batches go forward and backward: 2 with clip_mode=two_pass, else 1
+    first_round    (bases found, bases): while they differ, some are still random
+    stats          of this step, device scalars or numbers: grad_norm (before clipping, finite units;
+                   estimated by the probe where projected), skipped (units), skipped_in_a_row (steps); for
+                   projected methods energy (captured share of the squared norm), overlap (of the bases
+                   replaced with their predecessors; nan: none was), bases_kept (so far, for a zero or
+                   non-finite gradient) and refresh_s (spent on finding bases)
     """
 
     def __init__(
-        self,
-        owned: list[Owned],
-        rule: Adam,
-        *,
-        lr: float,
-        clip: float,
-        store: str,
-        accum_steps: int,
-        group: dist.ProcessGroup | None,
-        reduce: str | None,
-    ) -> None:
-        groups: dict[tuple[str, float, float], dict[str, Any]] = {}
-        for o in owned:
-            g = groups.setdefault(
-                (o.role, o.scale, o.decay), {"params": [], "role": o.role, "scale": o.scale, "decay": o.decay}
-            )
-            g["params"].append(o.param)
+        self, root: nn.Module, units: list[Unit], bases: list[Basis], cfg: OptimConfig, *,
+        lr: float, every: int, accum_steps: int, reduce: Reduce, seed: int,
+    ) -> None:  # fmt: skip
+        groups: dict[tuple[Any, ...], dict[str, Any]] = {}
+        for n, u in enumerate(units):
+            u.index = n
+            like = {"role": u.role, "scale": u.scale, "decay": u.decay}
+            groups.setdefault(tuple(like.values()), {"params": [], **like})["params"].append(u.param)
+        self._groups = [list(groups).index((u.role, u.scale, u.decay)) for u in units]
         super().__init__(list(groups.values()), {"lr": lr})
-        self.owned, self.rule, self.clip = owned, rule, clip
-        self.accum_steps, self.group, self.reduce = accum_steps, group, reduce
-        group_of = {id(p): n for n, g in enumerate(self.param_groups) for p in g["params"]}
-        first = owned[0].param
-        wide = torch.float64 if any(o.param.dtype == torch.float64 for o in owned) else torch.float32
-        self._group_of = torch.tensor([group_of[id(o.param)] for o in owned], device=first.device)
-        self._table = torch.zeros(len(owned), 8, dtype=wide, device=first.device)
-        self._table[:, Column.INDEX] = torch.arange(len(owned))
-        self._t = torch.zeros(len(owned), dtype=wide, device=first.device)
-        self._in_a_row = torch.zeros((), device=first.device)
-        for o in owned:
-            self.state[o.param] = {k: moments.init(store, o.param) for k in rule.state}
-        self.stats: dict[str, Tensor] = {}
-        self._plan = kernels.plan([o.param for o in owned])
-        self._fired = [0] * len(owned)
-        self._hooks = [
-            o.param.register_post_accumulate_grad_hook(lambda p, n=n: self._count(n))
-            for n, o in enumerate(owned)
-        ]
+        self.root, self.units, self.bases, self.cfg, self.reduce = root, units, bases, cfg, reduce
+        self.accum_steps, self.every, self.seed, self._warmup = accum_steps, every, seed, 0
+        self.in_backward = cfg.updates_in_backward
+        self.passes = 2 if cfg.clip_mode == "two_pass" else 1
+        self.updates = 0  # steps done
+        self.stats: dict[str, Tensor | float] = {}
+        self.refresher = Refresher(getattr(cfg, "finder", ""), getattr(cfg, "transport", ""), seed, reduce)
+        self._eager, self._warned = Eager(root), False
+        self._paths = {id(m): name for name, m in root.named_modules()}
+        # Gains and biases wait for step() and one launch, unless their norm is needed before any update.
+        early = not self.in_backward or self.passes == 2
+        self._late = [u for u in units if u.role == "gain" and not early]
+        self._order = [u for u in reversed(units) if u not in self._late]
+        # What somebody does to gradients between backward and step() shows here; with no bases it is their affair.
+        dense = [u for u in (self._late or units if bases else []) if not u.projected]
+        self._smallest = min(dense, key=lambda u: u.param.numel(), default=None)
+        self._place()
+        self._begin = _Begin(self)
+        self._root_hook = root.register_forward_pre_hook(self._begin)
+        self._prepare()
 
-    def _count(self, n: int) -> None:
-        self._fired[n] += 1
+    def _place(self) -> None:
+        """Leaves, hooks, bases and state where the weights are: at attach, and after they were moved."""
+        self._moved = False
+        for n, g in enumerate(self.param_groups):  # to_empty() makes new Parameters
+            g["params"] = [u.param for u, of in zip(self.units, self._groups, strict=True) if of == n]
+        self.state.clear()
+        for u in self.units:
+            w = local(u.param)
+            for b in u.bases:
+                if b.qs.is_meta and not w.is_meta:
+                    b.begin(self.seed, w.device, basis_dtype(self.cfg, w))
+                elif (b.qs.device, b.qs.dtype) != (w.device, basis_dtype(self.cfg, w)):
+                    b.place(w.device, basis_dtype(self.cfg, w))
+            if any(s.is_meta for s in u.state.values()):
+                u.begin()
+            for k, s in u.state.items():
+                u.state[k] = s.to(w.device)
+            self.state[u.param] = u.state
+            u.place(self._hook(u))
+            for layer in u.layers:
+                layer.moved = self._note_move
+        self.scalars = Scalars(self.units, self._groups, getattr(self, "scalars", None))
+        self._plans: dict[tuple[int, ...], Any] = {}
+
+    def _note_move(self) -> None:
+        self._moved = True
+
+    # ---- before backward
+
+    def forward_begins(self) -> None:
+        if self._moved:
+            self._place()
+            self._prepare()
+        self._forwards += 1
+        self._form_g()  # blocks may have been compiled since the step was prepared
+
+    def _prepare(self) -> None:
+        """An empty queue, and the bases that the next step replaces."""
+        self._ready: set[int] = set()
+        self._next, self._pass, self._forwards, self._opened = 0, 1, 0, False
+        self._flight: list[tuple[Unit, Flight]] = []
+        self._held: dict[int, Tensor] = {}  # G of units whose basis waits for its other units
+        self._landed: list[tuple[Unit, Tensor]] = []  # measured, to be applied
+        self._seen: tuple[int, Tensor] | None = None  # version and copy of the smallest dense gradient
+        for b in self.bases:
+            together = getattr(self.cfg, "refresh", "") == "together"
+            b.due = due(b.index, len(self.bases), self.updates, self.every, self._warmup, together)
+            b.arrived = 0
+        for u in self.units:
+            u.fired = [0] * len(u.fired)
+            u.refresh = any(b.due for b in u.bases)
+            for layer in u.layers:
+                layer.refresh = u.refresh
+        self._form_g()
+
+    def _form_g(self) -> None:
+        self._eager.enter([self._paths[id(m)] for u in self.units if u.refresh for m in u.layers])
+
+    @property
+    def warmup_steps(self) -> int:
+        return self._warmup
+
+    @warmup_steps.setter
+    def warmup_steps(self, steps: int) -> None:
+        self._warmup = steps
+        self._prepare()
+
+    @property
+    def first_round(self) -> tuple[int, int]:
+        return sum(b.count > 0 for b in self.bases), len(self.bases)
+
+    # ---- in backward
+
+    def _hook(self, u: Unit) -> Callable[[Tensor, int], None]:
+        def fire(leaf: Tensor, n: int) -> None:
+            if leaf.grad is None:  # the layer's other coordinate was in use
+                return
+            u.fired[n] += 1
+            if 0 < self._forwards < u.fired[n]:
+                raise RuntimeError(
+                    f"{u.name}: more gradients than forward passes. A layer used in two reentrant checkpoint "
+                    "segments would be updated twice: checkpoint with use_reentrant=False"
+                )
+            if all(u.fired[i] == self.accum_steps * self._pass for i in u.active()):
+                if u is self._smallest:
+                    self._seen = leaf.grad._version, leaf.grad.detach().clone()
+                self._ready.add(u.index)
+                if (self.in_backward or self._pass < self.passes) and u not in self._late:
+                    self._drain(depth=0 if self.reduce.group is None else 1)
+                    self._flush()
+
+        return fire
+
+    @torch.no_grad()
+    def _drain(self, depth: int) -> None:
+        """Launches ready units in order, at most `depth` reductions in flight; the others land."""
+        while self._next < len(self._order) and self._order[self._next].index in self._ready:
+            self._launch(self._order[self._next])
+            self._next += 1
+            while len(self._flight) > depth:
+                self._land()
+        if self._pass < self.passes and self._next == len(self._order):
+            while self._flight:
+                self._land()
+            self._flush()
+            self.scalars.clip_all(self.cfg.clip, self.scalars.total(1))
+            self._pass, self._next, self._ready = 2, 0, set()
+
+    def _launch(self, u: Unit) -> None:
+        grads = u.take()
+        if u is self._smallest and self._seen is not None:
+            version, before = self._seen
+            if grads[0]._version != version and not torch.equal(before, grads[0]):
+                self._touched()
+        self._flight.append((u, self.reduce.start(u, grads)))
+
+    def _land(self) -> None:
+        """One unit's reduced gradient; on a refresh step the units of a basis wait for each other."""
+        u, flight = self._flight.pop(0)
+        grads = flight.land()
+        if not self._opened:
+            lagged = self.in_backward and self.cfg.clip_mode in LAGGED
+            self.scalars.open(self.param_groups, self.cfg.clip if lagged else 0.0)
+            self._opened = True
+        if not u.refresh:
+            r, z = u.split(grads)
+            if u.projected:
+                self._measured([u], u.squares(r, z, self.scalars.dtype)[None])
+            self._landed.append((u, r))
+            return
+        self._held[u.index] = grads[0]
+        for b in u.bases:
+            b.arrived += b.due
+            if b.due and b.arrived == len(b.units):
+                for m, anew in self.refresher.replace_(b, [self._held[m.index] for m in b.units]):
+                    if anew:
+                        self.scalars.start_anew(m)
+                b.due = False
+        for m in dict.fromkeys(m for b in u.bases for m in b.units):
+            if m.index in self._held and not any(b.due for b in m.bases):
+                g = self._held.pop(m.index)
+                r = m.coordinates(g)
+                both = [torch.linalg.vector_norm(x, dtype=self.scalars.dtype).square() for x in (r, g)]
+                self._measured([m], torch.stack(both)[None])
+                self._landed.append((m, r))
+
+    def _measured(self, units: list[Unit], squares: Tensor) -> None:
+        self.scalars.measured(units, self.reduce.sum_rows(units, squares))
+
+    def _flush(self) -> None:
+        """Clip, rule and weight update of everything that has landed; dense units of one rule go together."""
+        batch, self._landed = self._landed, []
+        if not batch:
+            return
+        dense: dict[Rule, list[tuple[Unit, Tensor]]] = {}
+        for u, g in batch:
+            if not u.projected:
+                dense.setdefault(u.rule, []).append((u, g))
+        for some in dense.values():
+            norms = torch._foreach_norm([g for _, g in some], 2, dtype=self.scalars.dtype)
+            self._measured([u for u, _ in some], torch.stack(norms).square()[:, None].expand(-1, 2))
+        if self._pass < self.passes:
+            for u, _ in batch:
+                u.param.grad = None
+            return
+        clip, mode = self.cfg.clip, self.cfg.clip_mode
+        if clip and mode == "per_layer":
+            self.scalars.clip_each(clip, [u for u, _ in batch])
+        elif clip and not self.in_backward:
+            self.scalars.clip_all(clip, self.scalars.total(NORM_OF.get(mode, 1)))
+        for u, r in batch:
+            if u.projected:
+                h = self.scalars.table[u.index]
+                n = u.rule.step_(r, u.state, h, local(u.param).dtype)
+                u.lift_(n, torch.where(h[Column.OK] > 0, h[Column.KEEP], 1.0) if u.decay else None)
+        for rule, some in dense.items():
+            units = [u for u, _ in some]
+            ws, states = [local(u.param) for u in units], [u.state for u in units]
+            key = tuple(u.index for u in units)
+            if key not in self._plans:
+                self._plans[key] = None
+            table = self.scalars.table[self.scalars.rows(units)]
+            rule.update_(ws, [g for _, g in some], states, table, self._plans[key])
+            for u in units:
+                if self.in_backward and u not in self._late:
+                    u.param.grad = None
+
+    # ---- after backward
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> None:  # type: ignore[override]
-        """One update from the gradients of `accum_steps` backwards; RuntimeError after more or fewer."""
+        """Ends one update made of `accum_steps` backwards; RuntimeError after more or fewer."""
         if closure is not None:
             raise ValueError("closure: not supported; call backward accum_steps times, then step()")
         self._close()
-        grads = self._reduced()
-        self._scalars(grads)
-        params: list[Tensor] = [o.param for o in self.owned]
-        self.rule.update_(params, grads, [self.state[p] for p in params], self._table, self._plan)
+        self._drain(depth=len(self._order))
+        for u in self._late:
+            self._launch(u)
+        while self._flight:
+            self._land()
+        self._flush()
+        assert not self._held and self._next == len(self._order)
+        self.stats = {**self.scalars.close(NORM_OF.get(self.cfg.clip_mode, 1))}
+        if self.bases:
+            overlaps, self.refresher.overlaps = self.refresher.overlaps, []
+            self.stats |= {
+                "overlap": torch.stack(overlaps).mean() if overlaps else math.nan,
+                "bases_kept": float(self.refresher.kept),
+                "refresh_s": self.refresher.seconds(),
+            }
+        else:
+            del self.stats["energy"]
+        if self._begin.whole:
+            self._begin.whole = False
+            warnings.warn(WHOLE, stacklevel=2)
+        self._eager.leave()
+        self.updates += 1
+        self._prepare()
 
     def _close(self) -> None:
-        """Checks that every parameter got a gradient from each of the step's backwards."""
-        fired, self._fired = self._fired, [0] * len(self.owned)
-        if max(fired) != self.accum_steps:
-            raise RuntimeError(f"step() after {max(fired)} backward(s): accum_steps={self.accum_steps}")
-        missing = [o.name for o, n in zip(self.owned, fired, strict=True) if n != self.accum_steps]
-        if missing:
-            raise RuntimeError(
-                f"no gradient in every backward for {', '.join(missing[:5])}"
-                + (f" and {len(missing) - 5} more" if len(missing) > 5 else "")
-                + ": a parameter that the loss does not use must be frozen "
-                "(requires_grad_(False)) before attach"
+        """Checks that every leaf got a gradient from each of the step's backwards; else drops them all."""
+        wanted = self.accum_steps * self.passes
+        fired = [[u.fired[i] for i in u.active()] for u in self.units]
+        seen, self_said = max(max(f) for f in fired), f"accum_steps={self.accum_steps}"
+        missing = [u.name for u, f in zip(self.units, fired, strict=True) if min(f) != wanted]
+        if not missing:
+            return
+        self.zero_grad()
+        if seen != wanted:
+            twice = ", each in two passes (clip_mode=two_pass)" if self.passes == 2 else ""
+            raise RuntimeError(f"step() after {seen} backward(s): {self_said}{twice}")
+        raise RuntimeError(
+            f"no gradient in every backward for {', '.join(missing[:5])}"
+            + (f" and {len(missing) - 5} more" if len(missing) > 5 else "")
+            + ": a parameter that the loss does not use must be frozen (requires_grad_(False)) before attach"
+        )
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Drops the gradients of an unfinished step as well; what was updated inside backward stays."""
+        super().zero_grad(set_to_none)
+        if any(any(u.fired) for u in self.units):
+            for u in self.units:
+                u.drop()
+            self._prepare()
+
+    def _touched(self) -> None:
+        if not self._warned:
+            self._warned = True
+            warnings.warn(
+                "gradients were changed between backward and step(), perhaps by clip_grad_norm_ (in "
+                "transformers.Trainer: max_grad_norm). That reaches embeddings, head and gains only: projected "
+                "weights have no .grad. Set max_grad_norm=0 there and use optim.clip, which clips them all",
+                stacklevel=4,
             )
 
-    def _reduced(self) -> list[Tensor]:
-        """Gradients summed (reduce="mean": averaged) over ranks, in the order of `owned` on every rank."""
-        grads = [o.param.grad for o in self.owned if o.param.grad is not None]
-        assert len(grads) == len(self.owned)
-        if self.group is not None:
-            work = [dist.all_reduce(g, group=self.group, async_op=True) for g in grads]
-            for w in work:
-                w.wait()
-            if self.reduce == "mean":
-                torch._foreach_div_(grads, dist.get_world_size(self.group))
-        return grads
-
-    def _scalars(self, grads: list[Tensor]) -> None:
-        """Fills the table for this step, all on the device."""
-        table, wide = self._table, self._table.dtype
-        norms = torch.stack(torch._foreach_norm(grads, 2, dtype=wide))
-        ok = torch.isfinite(norms)
-        total = torch.where(ok, norms, 0).square().sum().sqrt()
-        lr, scale, decay = torch.tensor(
-            [[g["lr"], g["scale"], g["decay"]] for g in self.param_groups], dtype=wide
-        ).T
-        host = torch.stack([lr * scale, 1 - lr * decay], 1)
-        table[:, Column.LR : Column.KEEP + 1] = host.to(table.device, non_blocking=True)[self._group_of]
-        table[:, Column.CLIP] = (self.clip / (total + 1e-6)).clamp(max=1) if self.clip else 1
-        table[:, Column.OK] = ok
-        table[:, Column.T] = self._t + 1
-        table[:, Column.FIX1 :] = self.rule.scalars(table[:, Column.T])
-        self._t += ok
-        skipped = (~ok).sum()
-        self._in_a_row = torch.where(skipped > 0, self._in_a_row + 1, 0)
-        self.stats = {"grad_norm": total, "skipped": skipped, "skipped_in_a_row": self._in_a_row}
+    # ---- state
 
     def state_dict(self) -> dict[str, Any]:
-        """{"state": {name: {"t", "m", "v"}}, "param_groups": [...]}: tensors and numbers only."""
-        state = {o.name: {"t": self._t[n].clone(), **self.state[o.param]} for n, o in enumerate(self.owned)}
-        names = {id(o.param): o.name for o in self.owned}
-        groups = [{**g, "params": [names[id(p)] for p in g["params"]]} for g in self.param_groups]
-        return {"state": state, "param_groups": groups}
+        """{"state": {name: {key: tensor}}, "param_groups": [...]}: tensors and numbers only, by name."""
+        return {"state": state.collect(self), "param_groups": state.groups(self)}
 
     @torch.no_grad()
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Copies into place; ValueError names a parameter of missing, unknown or differently shaped state."""
-        state, mine = state_dict["state"], {o.name: o for o in self.owned}
-        for name in [*(mine.keys() - state.keys()), *(state.keys() - mine.keys())]:
-            raise ValueError(f"optimizer state of {name}: in only one of the save and this model")
-        for n, o in enumerate(self.owned):
-            saved, kept = state[o.name], self.state[o.param]
-            if saved.keys() - {"t"} != kept.keys():
-                raise ValueError(
-                    f"optimizer state of {o.name}: saved {sorted(saved)}, this method keeps {sorted(kept)}"
-                )
-            for k, tensor in kept.items():
-                if saved[k].shape != tensor.shape:
-                    raise ValueError(
-                        f"optimizer state {k} of {o.name}: "
-                        f"saved {tuple(saved[k].shape)}, here {tuple(tensor.shape)}"
-                    )
-                tensor.copy_(saved[k])
-            self._t[n] = saved["t"]
-        for mine_g, saved_g in zip(self.param_groups, state_dict.get("param_groups", []), strict=False):
-            mine_g["lr"] = saved_g["lr"]
+        state.restore(self, state_dict)
+        self._eager.leave()
+        self._prepare()
 
     def detach(self) -> None:
-        """Takes the hooks off; the model is as it was before attach, with the trained weights."""
-        for hook in self._hooks:
-            hook.remove()
+        """The plain model again, with the trained weights: classes, requires_grad and hooks as before attach."""
+        self._eager.leave()
+        self._root_hook.remove()
+        for u in self.units:
+            for hook in u.hooks:
+                hook.remove()
+            for layer in u.layers:
+                unproject(layer)
 
     def table(self) -> str:
-        """What is trained how: one line a group of parameters, for the start of a run."""
-        rows = [
-            f"{'parameters':<12}{'tensors':>8}{'numbers':>15}  {'rule':<6}{'state':>11}{'lr':>10}{'decay':>8}"
-        ]
-        for g in self.param_groups:
-            numbers = sum(p.numel() for p in g["params"])
-            state = sum(s.numel() * s.element_size() for p in g["params"] for s in self.state[p].values())
-            rows.append(
-                f"{g['role']:<12}{len(g['params']):>8}{numbers:>15,}  {type(self.rule).__name__.lower():<6}"
-                f"{state / 2**20:>7.1f} MiB{g['lr'] * g['scale']:>10.2e}{g['decay']:>8g}"
-            )
-        return "\n".join(rows)
+        """What is trained how, with its memory: for the start of a run."""
+        return memory.table(self)

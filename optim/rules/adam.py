@@ -9,15 +9,16 @@ import torch
 from torch import Tensor
 
 from .. import kernels
+from .rule import Rule
 
 
 @dataclass(frozen=True)
-class Adam:
+class Adam(Rule):
     beta1: float = 0.9
     beta2: float = 0.999
     eps: float = 1e-8
 
-    state = ("m", "v")  # tensors of the gradient's shape
+    moments = ("m", "v")
 
     def scalars(self, t: Tensor) -> Tensor:
         """(n, 2): the bias corrections 1 - beta^t of each parameter; t (n,) counts its updates and this one.
@@ -30,14 +31,8 @@ class Adam:
         ]
         return torch.stack(fixes, 1).to(t.dtype)
 
-    def update_(
-        self,
-        ws: list[Tensor],
-        gs: list[Tensor],
-        states: list[dict[str, Tensor]],
-        table: Tensor,  # (n, 8): kernels.Column
-        plan: Tensor | None,  # kernels.plan(ws)
-    ) -> None:
-        """Weights and states in place."""
-        ms, vs = ([s[k] for s in states] for k in self.state)
-        kernels.adam_(ws, gs, ms, vs, table, plan, self.beta1, self.beta2, self.eps)
+    def direction(self, g, m, t):
+        m["m"] = self.beta1 * m["m"] + (1 - self.beta1) * g
+        m["v"] = self.beta2 * m["v"] + (1 - self.beta2) * g * g
+        f = self.scalars(t[None])[0]
+        return (m["m"] / f[0]) / (torch.sqrt(m["v"] / f[1]) + self.eps)

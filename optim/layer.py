@@ -1,0 +1,137 @@
+"""The projected linear layer: y = x W^T, and in backward the gradient of W in coordinates, never W's own.
+
+    input    R = G Q  = dY^T (x Q)        (out, r)   saves x Q instead of x
+    output   R = P^T G = (dY P)^T x       (r, in)    saves x
+    both     R = P^T G Q = (dY P)^T (x Q) (r, r)     saves x Q
+    refresh  R = G = dY^T x               (out, in)  saves x: for the step in which a new basis is found
+
+G = dY^T x is the gradient that autograd would form. R is the gradient of a *coordinate*: a zero scalar expanded
+to R's shape, a leaf of four bytes that the optimizer owns and hooks. W takes no gradient. Coordinates and bases
+are plain attributes, not Parameters or buffers: state_dict, parameters(), copies and saved files are those of
+the plain model.
+
+Beside the basis stand k Gaussian columns S, the norm probe: [Q, S] is one tensor, so that one product gives x Q
+and x S, and [R, Z] with Z = G S comes out of one product too (both: Z has a coordinate of its own).
+
+A second backward through one graph raises autograd's version error once W was updated inside the first.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+
+
+def coordinate(*shape: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """A leaf of this shape that stores one number; its dtype is the one in which micro-batches are summed."""
+    return torch.zeros((), dtype=dtype, device=device).expand(*shape).requires_grad_()
+
+
+class _Project(torch.autograd.Function):
+    """x, W, coordinate, probe's coordinate or None, P or None, Q or None -> x W^T. None: the identity."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        w: Tensor,
+        coord: Tensor,
+        probe: Tensor | None,
+        p: Tensor | None,
+        q: Tensor | None,
+    ) -> Tensor:
+        if q is None:
+            kept = x
+        else:
+            wide = torch.promote_types(x.dtype, q.dtype)  # the same dtype but for a basis kept wider
+            kept = x.to(wide) @ q.to(wide)
+        ctx.save_for_backward(kept, w, p)
+        ctx.columns = None if probe is None else coord.shape[1]
+        return F.linear(x, w)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        kept, w, p = ctx.saved_tensors
+        dx = dy @ w if ctx.needs_input_grad[0] else None
+        kept = kept.reshape(-1, kept.shape[-1])
+        left = dy = dy.reshape(-1, dy.shape[-1])
+        if p is not None:
+            wide = torch.promote_types(dy.dtype, p.dtype)
+            left = dy.to(wide) @ p.to(wide)
+        if ctx.columns is None:
+            z = None
+        else:
+            kept, probed = kept[:, : ctx.columns], kept[:, ctx.columns :]
+            z = dy.to(probed.dtype).t() @ probed
+        wide = torch.promote_types(left.dtype, kept.dtype)
+        return dx, None, left.to(wide).t() @ kept.to(wide), z, None, None
+
+
+class ProjectedLinear(nn.Linear):
+    """An nn.Linear whose class was changed by `project`; `unproject` changes it back."""
+
+    coord: Tensor  # what R is the gradient of
+    probe: Tensor | None  # side both: what Z is the gradient of
+    full: Tensor  # the identity basis' coordinate (out, in)
+    p: Tensor | None  # [P, S] (out, r + k); side both: P (out, r)
+    q: Tensor | None  # [Q, S] (in, r + k)
+    refresh: bool  # this step forms G
+    moved: Callable[[], None]  # called after .to(), .cuda(), .bfloat16(), to_empty()
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not torch.is_grad_enabled():
+            return F.linear(x, self.weight, self.bias)
+        w: Tensor = self.weight
+        bias: Tensor | None = self.bias
+        if torch.is_autocast_enabled(x.device.type):
+            dtype = torch.get_autocast_dtype(x.device.type)
+            x, w = x.to(dtype), w.to(dtype)
+            bias = None if bias is None else bias.to(dtype)
+        if self.refresh:
+            y = _Project.apply(x, w, self.full, None, None, None)
+        else:
+            y = _Project.apply(x, w, self.coord, self.probe, self.p, self.q)
+        return y if bias is None else y + bias
+
+    def _apply(self, fn: Any, recurse: bool = True) -> ProjectedLinear:
+        super()._apply(fn, recurse)
+        self.moved()
+        return self
+
+    def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
+        """A deepcopy or a pickle is a plain trainable nn.Linear: nobody would hook a copy's coordinate."""
+        return _plain, ({k: v for k, v in self.__dict__.items() if k not in ATTRIBUTES},)
+
+
+ATTRIBUTES = ("coord", "probe", "full", "p", "q", "refresh", "moved")
+
+
+def _plain(state: dict[str, Any]) -> nn.Linear:
+    layer = nn.Linear.__new__(nn.Linear)
+    layer.__setstate__(state)
+    layer.weight.requires_grad_(True)
+    return layer
+
+
+def project(layer: nn.Linear) -> ProjectedLinear:
+    """Changes the layer's class; the engine sets coordinates, bases and `moved` before the first forward."""
+    assert type(layer) is nn.Linear, type(layer)
+    layer.__class__ = ProjectedLinear
+    assert isinstance(layer, ProjectedLinear)
+    layer.weight.requires_grad_(False)
+    layer.probe = layer.p = layer.q = None
+    layer.refresh = False
+    return layer
+
+
+def unproject(layer: ProjectedLinear) -> None:
+    for name in ATTRIBUTES:
+        layer.__dict__.pop(name, None)
+    layer.__class__ = nn.Linear  # type: ignore[assignment]
+    layer.weight.requires_grad_(True)

@@ -1,0 +1,131 @@
+"""What a method holds between steps, from shapes alone, and the table that a run prints at its start.
+
+Elements, as GaLore counts them: N + sum of in * r over bases (of out * r on the output side) + 2 * the size of R for
+each projected matrix + 2 E for everything else. The rest are extras; each has a line of its own in `entries`.
+"""
+
+from __future__ import annotations
+
+import re
+from typing import TYPE_CHECKING, NamedTuple
+
+import torch
+
+from .unit import Unit, local
+
+if TYPE_CHECKING:
+    from .engine import Engine
+
+QUANT = 256  # numbers of a row under one scale
+GIB = 2**30
+
+
+class Entry(NamedTuple):
+    what: str
+    numel: int
+    dtype: torch.dtype
+
+    @property
+    def bytes(self) -> int:
+        return self.numel * self.dtype.itemsize
+
+
+def entries(e: Engine) -> list[Entry]:
+    """Every tensor of weights and optimizer by formula; equal kinds summed. Gradients and activations excluded."""
+    found: dict[tuple[str, torch.dtype], int] = {}
+
+    def add(what: str, numel: int, dtype: torch.dtype) -> None:
+        found[what, dtype] = found.get((what, dtype), 0) + numel
+
+    wide, n = e.scalars.dtype, len(e.units)
+    for u in e.units:
+        w = local(u.param)
+        add("weights", w.numel(), w.dtype)
+        for kind, numel, dtype in state_of(u):
+            add(kind, numel, dtype)
+        if u.projected:
+            add("coordinates", len(u.leaves) + 1, w.dtype)  # one element each, whatever their shape
+    for b in e.bases:
+        add("bases", b.n * b.r, b.qs.dtype)
+        add("probe S", b.n * b.k, b.qs.dtype)
+        add("probe Q^T S", b.r * b.k, torch.promote_types(b.qs.dtype, torch.float32))
+    # table of 8, t, two squares, two numbers of all
+    add("scalars", (8 + 1 + 2) * n + 2, wide)
+    add("scalars", n, torch.int64)  # param group of each
+    add("scalars", n, torch.bool)  # projected or not
+    return [Entry(what, numel, dtype) for (what, dtype), numel in found.items() if numel]
+
+
+def state_of(u: Unit) -> list[Entry]:
+    """Moments of one unit: R's numbers in their store, a scale for 256 of a row, the column scale."""
+    shape, wide = u.shape, torch.promote_types(local(u.param).dtype, torch.float32)
+    rows, cols = (shape[0], shape[1]) if len(shape) == 2 else (1, shape[0])
+    out = []
+    for name in u.rule.moments:
+        stored = {"fp32": wide, "bf16": torch.bfloat16, "int8": torch.uint8 if name == "v" else torch.int8}
+        out.append(Entry("moments", rows * cols, stored[u.store]))
+        if u.store == "int8":
+            out.append(Entry("moment scales", rows * -(-cols // QUANT), torch.float32))
+    if u.store == "int8" and u.q and out:
+        out.append(Entry("column scale", u.q.r, torch.float32))
+    return out
+
+
+def table(e: Engine) -> str:
+    """Every parameter, those that differ in a number only in one line; then the memory. 80 columns."""
+    lines: dict[tuple[str, ...], list[Unit]] = {}
+    for u in e.units:
+        name = re.sub(r"(?<=\.)\d+(?=\.)", "*", u.name)
+        lines.setdefault((name, str(tuple(u.param.shape))), []).append(u)
+    out = [f"{'trained':<38}{'shape':>11} {'rule':<5}{'basis':<9}{'rank':>4}{'lr':>7}{'MiB':>5}"]
+    group = dict(zip(map(id, (u.param for u in e.units)), e._groups, strict=True))
+    for (name, _), units in lines.items():
+        u = units[0]
+        name = name.removesuffix(".weight").removeprefix("model.")
+        name = (name if len(name) < 34 else "..." + name[-30:]) + (
+            f" x{len(units)}" if len(units) > 1 else ""
+        )
+        basis, rank = "-", "-"
+        if u.projected:
+            shared = len(u.q.units) if u.q else 1
+            side = "both" if u.q and u.p else "input" if u.q else "output"
+            basis, rank = side + (f":{shared}" if shared > 1 else ""), str(min(b.r for b in u.bases))
+        elif u.why:
+            basis = "none (1)"
+        g = e.param_groups[group[id(u.param)]]
+        mib = sum(x.bytes for v in units for x in state_of(v)) / 2**20
+        out.append(
+            f"{name:<38}{'x'.join(map(str, u.param.shape)):>11} {type(u.rule).__name__.lower():<5}{basis:<9}"
+            f"{rank:>4} {g['lr'] * g['scale']:>5.0e}".replace("e-0", "e-")
+            + f"{mib:>6.{0 if mib >= 100 else 1}f}"
+        )
+    reasons = {u.why for u in e.units if u.why}
+    if reasons:
+        out.append(f"(1) not projected: {', '.join(sorted(reasons))}")
+    return "\n".join(out + memory(e))
+
+
+def memory(e: Engine) -> list[str]:
+    sums: dict[str, float] = {}
+    for x in entries(e):
+        kind = (
+            x.what
+            if x.what in ("weights", "bases")
+            else "moments"
+            if x.what.startswith("moment")
+            else "extras"
+        )
+        sums[kind] = sums.get(kind, 0) + x.bytes / GIB
+    parts = ", ".join(f"{k} {v:.2f}" for k, v in sums.items())
+    out = [f"held      {sum(sums.values()):.2f} GiB: {parts}"]
+    if e.bases:
+        shares = [b for b in e.bases if len(b.units) > 1]
+        out.append(
+            f"bases     {len(e.bases)}, replaced every {e.every} steps"
+            + (", input:n one for n weights with one input" if shares else "")
+        )
+        out.append("          grad_norm is an unbiased estimate from 16 random columns; ranks in backward")
+    if e.accum_steps > 1 and not e.bases and e.in_backward:
+        whole = sum(u.param.numel() * u.param.element_size() for u in e.units) / GIB
+        out.append(f"gradients {whole:.2f} GiB are held over {e.accum_steps} micro-batches")
+    return out

@@ -1,0 +1,35 @@
+"""Every method: a rule for the matrices in blocks, how they are parametrised, and what differs from the defaults.
+
+To add one: a file in rules/, a line here, a YAML in configs/optim/ with the same defaults.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+from .config import OptimConfig, ProjectedConfig
+from .rules import Rule
+from .rules.adam import Adam
+from .rules.sgd import Sgd
+
+
+@dataclass(frozen=True)
+class Method:
+    rule: Callable[[OptimConfig], Rule]  # of the matrices; embeddings, head and gains are trained by Adam
+    config: type[OptimConfig]  # ProjectedConfig: the rule sees coordinates in a basis
+    defaults: dict[str, Any] = field(default_factory=dict)
+
+
+def adam(cfg: OptimConfig) -> Rule:
+    return Adam(cfg.beta1, cfg.beta2, cfg.eps)
+
+
+METHODS = {
+    "adamw": Method(adam, OptimConfig),
+    "adamw_8bit": Method(adam, OptimConfig, {"moments": "int8"}),
+    "galore": Method(adam, ProjectedConfig),
+    "galore_8bit": Method(adam, ProjectedConfig, {"moments": "int8"}),
+    "galore_sgd": Method(lambda cfg: Sgd(), ProjectedConfig, {"scale": 50.0}),
+}

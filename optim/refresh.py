@@ -1,0 +1,192 @@
+"""When a basis is replaced, and what happens to it and to the moments then.
+
+    staggered   bases start random; the first round replaces basis b of B at update 1 + floor(b w / B), with
+                w = min(T, max(warm-up, B)); then at j T + floor(b T / B), j = 1, 2, ... : about one a step
+    together    all at updates 0, T, 2T, ...: GaLore's way, holds every full gradient at once
+
+On its refresh step a basis' weights form G, over all micro-batches and ranks; the new basis is found from it,
+R = G Q_new is exact, and the ordinary update follows.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from types import MethodType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch._dynamo.eval_frame import OptimizedModule
+
+from . import moments, subspace
+from .reduce import Reduce
+from .unit import Basis, Unit
+
+FLOOR = 1e-3  # of the largest column scale
+
+
+def due(b: int, bases: int, update: int, every: int, warmup: int, together: bool) -> bool:
+    """Whether basis b of `bases` is replaced in update `update` (0-based)."""
+    if together:
+        return update % every == 0
+    window = min(every, max(warmup, bases))
+    if update == 1 + b * window // bases:
+        return True
+    return update >= every and update % every == b * every // bases
+
+
+class Refresher:
+    """Finds new bases. `overlaps` and `kept` are of the step in progress, `seconds` since last read."""
+
+    def __init__(self, finder: str, transport: str, seed: int, reduce: Reduce) -> None:
+        self.finder, self.transport, self.seed, self.reduce = finder, transport, seed, reduce
+        self.overlaps: list[Tensor] = []
+        self.kept = 0  # bases not replaced for a gradient that is zero or not finite, ever
+        self.fallbacks = 0  # found by Householder QR after a failed factorisation, ever
+        self._events: list[tuple[Any, Any]] = []
+        self._seconds = 0.0
+
+    def replace_(self, b: Basis, gs: list[Tensor]) -> list[tuple[Unit, bool]]:
+        """A new basis from G (rows, in) of each of its units; its units, with whether moments start anew.
+
+        Old basis kept: an empty list. One rank finds it, all take it from there: factorisations differ in the
+        last bits between cards.
+        """
+        wide = torch.promote_types(b.qs.dtype, torch.float32)
+        old = b.q.to(wide, copy=True)  # replaced in place below
+        with self._timed(b.qs.device):
+            whole = [self.reduce.gather_rows(u, g) for u, g in zip(b.units, gs, strict=True)]
+            owner = b.index % self.reduce.world
+            q, outcome = b.q.contiguous(), 0
+            if self.reduce.rank == owner:
+                found = subspace.find(
+                    whole if b.side == "input" else [g.t() for g in whole],
+                    old,
+                    self.finder,
+                    subspace.mix(self.seed, b.index, b.count, 2),
+                    first=b.count == 0,
+                )
+                q, outcome = found.q.to(b.qs.dtype).contiguous(), found.outcome
+            if self.reduce.world > 1:
+                told = torch.tensor([outcome], device=q.device)
+                self.reduce.from_owner_(told, owner)
+                self.reduce.from_owner_(q, owner)
+                outcome = int(told)
+            if outcome == subspace.KEPT:
+                self.kept += 1
+                return []
+            self.fallbacks += outcome == subspace.FALLBACK
+            first, b.count = b.count == 0, b.count + 1
+            b.replace_(q, self.seed)
+            c = old.t() @ b.q.to(wide)
+            self.overlaps.append(subspace.overlap(c))
+            policy = self.transport
+            if policy == "auto":
+                policy = "reset" if first else "keep" if self.finder == "warm" else "rotate"
+            for u, g in zip(b.units, gs, strict=True):
+                self._carry(u, b, g, c, policy)
+            return [(u, policy == "reset") for u in b.units]
+
+    def _carry(self, u: Unit, b: Basis, g: Tensor, c: Tensor, policy: str) -> None:
+        """Moments into the new basis; for 8-bit ones the column scale of R = G Q_new."""
+        scaled = "d" in u.state
+        if policy == "keep" and not scaled:
+            return
+        wide = c.dtype
+        values = {k: moments.load(u.state, k, wide) for k in u.rule.moments}
+        first = {k: v for k, v in values.items() if k not in moments.SECOND}
+        second = {k: v for k, v in values.items() if k in moments.SECOND}
+        dim = -1 if b.side == "input" else 0
+        for k, m in first.items():
+            values[k] = subspace.transport(m, None, c, policy, dim)[0]
+        for k, v in second.items():
+            values[k] = subspace.transport(None, v, c, policy, dim)[1]
+        if scaled and b.side == "input":
+            u.state["d"].copy_(self._column_scale(u, u.coordinates(g)))
+        yes, zero = torch.ones((), device=c.device), torch.zeros((), device=c.device)
+        for k, value in values.items():
+            index = torch.full((), float(u.index), device=c.device)
+            moments.save_(u.state, k, value, yes, zero + b.count, index)
+
+    def _column_scale(self, u: Unit, r: Tensor) -> Tensor:
+        """(r,) root mean square of the columns of R over all rows, at least FLOOR of the largest."""
+        sums = torch.linalg.vector_norm(r, dim=0, dtype=torch.float32).square()
+        d = (self.reduce.sum_rows([u], sums[None])[0] / u.param.shape[0]).sqrt()
+        return torch.where(d.max() > 0, d.clamp(min=FLOOR * d.max()), 1.0)
+
+    def _timed(self, device: torch.device) -> _Timer:
+        return _Timer(self, device)
+
+    def seconds(self) -> float:
+        """Spent on finding bases since the last call; on a GPU as far as it is known without waiting."""
+        while self._events and self._events[0][1].query():
+            begin, end = self._events.pop(0)
+            self._seconds += begin.elapsed_time(end) / 1e3
+        done, self._seconds = self._seconds, 0.0
+        return done
+
+
+class _Timer:
+    def __init__(self, to: Refresher, device: torch.device) -> None:
+        self.to, self.cuda = to, device.type == "cuda"
+
+    def __enter__(self) -> None:
+        if self.cuda:
+            self.events = [torch.cuda.Event(enable_timing=True) for _ in range(2)]
+            self.events[0].record()
+        else:
+            self.begin = time.perf_counter()
+
+    def __exit__(self, *error: object) -> None:
+        if self.cuda:
+            self.events[1].record()
+            self.to._events.append((self.events[0], self.events[1]))
+        else:
+            self.to._seconds += time.perf_counter() - self.begin
+
+
+class Eager:
+    """Compiled modules around the layers that form G run eager for that step; nothing is compiled anew."""
+
+    def __init__(self, root: nn.Module) -> None:
+        self.root = root
+        self.undo: list[Callable[[], None]] = []
+
+    def enter(self, paths: list[str]) -> None:
+        """paths: names of the layers in `root`. Modules that are eager already are passed over."""
+        for path in paths:
+            parent = self.root
+            for part in path.split("."):
+                if part == "_orig_mod":  # named while its parent was an OptimizedModule
+                    continue
+                child = parent._modules[part]
+                if isinstance(child, OptimizedModule):
+                    self._swap(parent._modules, part, child._orig_mod)
+                    child = child._orig_mod
+                assert child is not None
+                self._uncompile(child)
+                parent = child
+
+    def _uncompile(self, module: nn.Module) -> None:
+        forward = vars(module).get("forward")
+        plain = getattr(getattr(forward, "__func__", forward), "_torchdynamo_orig_callable", None)
+        if plain is not None:
+            bound = MethodType(plain, module) if isinstance(forward, MethodType) else plain
+            self._swap(vars(module), "forward", bound)
+        if module._compiled_call_impl is not None:
+            self._swap(vars(module), "_compiled_call_impl", None)
+
+    def _swap(self, table: Any, key: str, value: Any) -> None:
+        before = table[key]
+        table[key] = value
+
+        def restore() -> None:
+            if table.get(key) is value:  # else somebody compiled it anew in between
+                table[key] = before
+
+        self.undo.append(restore)
+
+    def leave(self) -> None:
+        while self.undo:
+            self.undo.pop()()

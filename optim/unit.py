@@ -1,0 +1,249 @@
+"""One trained weight and its basis: the geometry that the engine needs, and nothing about time.
+
+    side     R              back(N)    basis
+    input    G Q            N Q^T      Q (in, r), shared by weights with one input
+    output   P^T G          P N        P (out, r)
+    both     P^T G Q        P N Q^T    both
+
+The norm probe: S holds k Gaussian columns, Z = G S. With captured = ||R||^2,
+
+    estimate = ||R||^2 + ||Z - back(R) S||^2 / k       unbiased for ||G||^2, never below ||R||^2
+
+(Hutchinson's estimator of the part of G outside the basis; the standard deviation is sqrt(2/k) times the
+Frobenius norm of that part's Gram matrix.) On the output side G is G^T and S has `out` rows.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+
+from . import kernels, moments, subspace
+from .layer import ProjectedLinear, coordinate
+from .rules import Rule
+
+PROBE = 16  # columns of the norm probe: 1.6% of the products of R at r = 1024
+
+
+def local(w: Tensor) -> Tensor:
+    """The rows of a weight on this rank: all of them unless it is sharded (FSDP2)."""
+    return w.to_local() if isinstance(w, DTensor) else w
+
+
+@dataclass(eq=False)
+class Basis:
+    """Orthonormal columns for the row space (side input) or column space (output) of its units' gradients."""
+
+    name: str
+    index: int
+    side: str  # input | output
+    n: int  # rows: in_features or out_features
+    r: int
+    k: int  # columns of the probe beside it
+    units: list[Unit] = field(default_factory=list)
+    qs: Tensor = field(init=False)  # (n, r + k), basis dtype: [Q, S]
+    cross: Tensor = field(init=False)  # (r, k) Q^T S, fp32
+    count: int = 0  # refreshes done
+    due: bool = False  # this step replaces it
+    arrived: int = 0  # of its units, on its refresh step
+
+    @property
+    def q(self) -> Tensor:
+        return self.qs[:, : self.r]
+
+    @property
+    def s(self) -> Tensor:
+        return self.qs[:, self.r :]
+
+    def place(self, device: torch.device, dtype: torch.dtype) -> None:
+        self.qs = self.qs.to(device, dtype).contiguous()
+        self.cross = self._cross()
+
+    def _cross(self) -> Tensor:
+        wide = torch.promote_types(self.qs.dtype, torch.float32)
+        return self.q.to(wide).t() @ self.s.to(wide)
+
+    def load_(self, qs: Tensor, count: int) -> None:
+        self.qs.copy_(qs)
+        self.cross.copy_(self._cross())
+        self.count = count
+
+    def begin(self, seed: int, device: torch.device, dtype: torch.dtype) -> None:
+        """A random basis and probe; on the meta device shapes only."""
+        self.qs = torch.empty(self.n, self.r + self.k, dtype=dtype, device=device)
+        self.cross = torch.empty(
+            self.r, self.k, dtype=torch.promote_types(dtype, torch.float32), device=device
+        )
+        if device.type != "meta":
+            wide = torch.promote_types(dtype, torch.float32)
+            self.replace_(
+                subspace.random_basis(self.n, self.r, subspace.mix(seed, self.index), device, wide), seed
+            )
+
+    def replace_(self, q: Tensor, seed: int) -> None:
+        """Q (n, r) wide, and a new draw of S, in place: a compiled forward may hold the tensor."""
+        self.q.copy_(q)
+        if self.k:
+            wide = torch.promote_types(self.qs.dtype, torch.float32)
+            draw = subspace.mix(seed, self.index, self.count, 1)
+            self.s.copy_(subspace.gaussian(self.n, self.k, draw, self.qs.device, wide))
+        self.cross.copy_(self._cross())
+
+
+@dataclass(eq=False)
+class Unit:
+    """One parameter, how it is trained, and the leaves whose gradients autograd hands out for it."""
+
+    name: str
+    owner: nn.Module  # its parameter is looked up there: to_empty() replaces it
+    leaf_name: str
+    role: str  # matrix | embedding | head | gain | other
+    rule: Rule
+    scale: float  # its lr is group lr * scale
+    decay: float  # decoupled
+    store: str  # fp32 | bf16 | int8
+    index: int = 0
+    layers: list[ProjectedLinear] = field(default_factory=list)  # that use it; none: dense
+    q: Basis | None = None
+    p: Basis | None = None
+    why: str = ""  # for the start table: why a matrix is not projected
+    state: dict[str, Tensor] = field(default_factory=dict)
+    leaves: list[Tensor] = field(default_factory=list)  # coordinate, probe's coordinate; a dense one: itself
+    refresh: bool = False  # this step forms G
+    full: Tensor | None = None  # the identity basis' coordinate
+    fired: list[int] = field(default_factory=list)  # backwards counted by leaf since the last step; full last
+    hooks: list[Any] = field(default_factory=list)
+
+    @property
+    def param(self) -> nn.Parameter:
+        return getattr(self.owner, self.leaf_name)
+
+    @property
+    def projected(self) -> bool:
+        return self.q is not None or self.p is not None
+
+    @property
+    def bases(self) -> list[Basis]:
+        return [b for b in (self.q, self.p) if b is not None]
+
+    @property
+    def sharded(self) -> bool:
+        return isinstance(self.param, DTensor)
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Of R, with this rank's rows only where the weight is sharded."""
+        w = local(self.param)
+        if not self.projected:
+            return tuple(w.shape)
+        return (self.p.r if self.p else w.shape[0], self.q.r if self.q else w.shape[1])
+
+    def begin(self) -> None:
+        """State of an untrained weight; shapes only on the meta device."""
+        w = local(self.param)
+        wide = torch.promote_types(w.dtype, torch.float32)
+        self.state.clear()
+        self.state |= moments.init(self.store, self.shape, w.device, wide, self.rule.moments)
+        if self.q and self.store == "int8" and self.rule.moments:
+            self.state["d"] = torch.ones(self.q.r, device=w.device)
+
+    def place(self, hook: Callable[[Tensor, int], None]) -> None:
+        """Leaves on the weight's device in its dtype, with their hooks; again whenever it has moved."""
+        for handle in self.hooks:
+            handle.remove()
+        if self.projected:
+            w = self.param
+            out, width = w.shape
+            if self.q and self.p:
+                self.leaves = [
+                    coordinate(self.p.r, self.q.r, dtype=w.dtype, device=w.device),
+                    *([coordinate(out, self.q.k, dtype=w.dtype, device=w.device)] if self.q.k else []),
+                ]
+            elif self.q:
+                self.leaves = [coordinate(out, self.q.r + self.q.k, dtype=w.dtype, device=w.device)]
+            else:
+                assert self.p is not None
+                self.leaves = [coordinate(self.p.r + self.p.k, width, dtype=w.dtype, device=w.device)]
+            self.full = coordinate(out, width, dtype=w.dtype, device=w.device)
+            for layer in self.layers:
+                layer.coord, layer.full = self.leaves[0], self.full
+                layer.probe = self.leaves[1] if len(self.leaves) > 1 else None
+                layer.q = self.q.qs if self.q else None
+                layer.p = self.p.qs if self.p else None
+        else:
+            self.leaves = [self.param]
+        self.fired = [0] * (len(self.leaves) + 1)
+        every = [*self.leaves, *([self.full] if self.full is not None else [])]
+        self.hooks = [
+            leaf.register_post_accumulate_grad_hook(lambda p, n=n: hook(p, n)) for n, leaf in enumerate(every)
+        ]
+
+    def active(self) -> list[int]:
+        """Which entries of `fired` count in this step."""
+        return [len(self.leaves)] if self.refresh else list(range(len(self.leaves)))
+
+    def take(self) -> list[Tensor]:
+        """The accumulated gradients of the active leaves, which let go of them."""
+        leaves = [self.full] if self.refresh else self.leaves
+        grads = []
+        for leaf in leaves:
+            assert leaf is not None and leaf.grad is not None
+            grads.append(leaf.grad)
+            if self.projected:
+                leaf.grad = None
+        return grads
+
+    def drop(self) -> None:
+        """Forgets what was accumulated since the last step."""
+        self.fired = [0] * (len(self.leaves) + 1)
+        if self.projected:
+            for leaf in (*self.leaves, self.full):
+                assert leaf is not None
+                leaf.grad = None
+
+    def split(self, grads: list[Tensor]) -> tuple[Tensor, Tensor | None]:
+        """R and Z (None without a probe) from the leaves' gradients."""
+        if self.q and self.p:
+            return grads[0], grads[1] if len(grads) > 1 else None
+        if self.q:
+            return grads[0][:, : self.q.r], grads[0][:, self.q.r :] if self.q.k else None
+        if self.p:
+            return grads[0][: self.p.r], grads[0][self.p.r :] if self.p.k else None
+        return grads[0], None
+
+    def coordinates(self, g: Tensor) -> Tensor:
+        """R of a whole gradient G (out, in): on a refresh step."""
+        if self.p:
+            g = self.p.q.to(g.dtype).t() @ g
+        return g @ self.q.q.to(g.dtype) if self.q else g
+
+    def squares(self, r: Tensor, z: Tensor | None, wide: torch.dtype) -> Tensor:
+        """(2,): captured = ||R||^2 and the estimate of ||G||^2; without a probe the same twice."""
+        captured = torch.linalg.vector_norm(r, dtype=wide).square()
+        if z is None:
+            return torch.stack([captured, captured])
+        if self.q:
+            inside = r @ self.q.cross.to(r.dtype)
+            if self.p:
+                inside = self.p.q.to(r.dtype) @ inside
+        else:
+            assert self.p is not None
+            inside = self.p.cross.to(r.dtype).t() @ r
+        k = self.q.k if self.q else self.p.k  # type: ignore[union-attr]
+        outside = torch.linalg.vector_norm(z - inside, dtype=wide).square() / k
+        return torch.stack([captured, captured + outside])
+
+    def lift_(self, n: Tensor, keep: Tensor | None) -> None:
+        """W <- keep W + back(N), N = -lr * direction."""
+        w = local(self.param)
+        if self.p is None:
+            assert self.q is not None
+            kernels.lift_(w, n, self.q.q.t(), keep)
+        else:
+            back = n if self.q is None else n @ self.q.q.to(n.dtype).t()
+            kernels.lift_(w, self.p.q, back, keep)

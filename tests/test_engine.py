@@ -1,0 +1,716 @@
+"""The engine against a dense oracle, and every mode of running against every other: for each method of METHODS."""
+
+import copy
+import io
+
+import pytest
+import torch
+import torch._dynamo
+from torch import nn
+
+import optim.engine
+from optim import attach
+from optim.methods import METHODS, Method
+from optim.refresh import due
+from optim.rules import Rule
+from optim.config import ProjectedConfig
+from tests.mutants import kills
+from tests.tiny import SETTINGS, Oracle, Tiny, batches, compile_blocks, flat, keys, moved, parallel, run, summed_loss, train
+
+
+class Momentum(Rule):
+    """A method written in a test file: heavy-ball momentum in coordinates."""
+
+    moments = ("m",)
+
+    def direction(self, g, m, t):
+        m["m"] = 0.9 * m["m"] + g
+        return m["m"]
+
+
+METHODS_TESTED = [*METHODS, "momentum", "momentum_8bit"]
+SIDES = ("input", "output", "paper", "long", "both")
+
+
+@pytest.fixture(autouse=True)
+def momentum(monkeypatch):
+    monkeypatch.setitem(METHODS, "momentum", Method(lambda cfg: Momentum(), ProjectedConfig, {"scale": 5.0}))
+    monkeypatch.setitem(
+        METHODS, "momentum_8bit", Method(lambda cfg: Momentum(), ProjectedConfig, {"scale": 5.0, "moments": "int8"})
+    )
+
+
+@pytest.fixture
+def fixed(monkeypatch):
+    """Bases stay as they began."""
+    monkeypatch.setattr(optim.engine, "due", lambda *a: False)
+
+
+START = flat(Tiny())
+
+
+def close(a, b, tol=1e-12):
+    """Two trained models, relative to how far the first one moved."""
+    assert moved(a, START) > 1e-2
+    assert (flat(a) - flat(b)).norm() <= tol * moved(a, START)
+
+
+def projected(name):
+    return METHODS[name].config is ProjectedConfig
+
+
+# ---- the rule, its basis and the schedule
+
+
+@pytest.mark.parametrize("side", SIDES)
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {},
+        {"decay": 0.1},
+        {"share": False},
+        {"finder": "svd", "transport": "rotate_fill"},
+        {"finder": "randomized", "transport": "rotate"},
+        {"refresh": "together", "finder": "svd", "transport": "keep"},
+    ],
+    ids=str,
+)
+@kills("optim/rules/rule.py", "-h[column.LR] * u", "h[column.LR] * u")
+@kills("optim/unit.py", "kernels.lift_(w, n, self.q.q.t(), keep)", "kernels.lift_(w, n, self.q.s.t(), keep)")
+@kills("optim/unit.py", "else n @ self.q.q.to(n.dtype).t()", "else n @ self.q.q.to(n.dtype).flip(1).t()")
+@kills("optim/scalars.py", "[lr * scale, 1 - lr * decay]", "[lr, 1 - lr * decay]")
+@kills("optim/refresh.py", 'policy = "reset" if first', 'policy = "keep" if first')
+@kills("optim/refresh.py", "b.replace_(q, self.seed)", "pass")
+@kills("optim/engine.py", "r = m.coordinates(g)", "r = m.coordinates(g) * 1.01")
+@kills("optim/refresh.py", "update == 1 + b * window // bases", "update == b * window // bases")
+def test_equals_the_dense_oracle_invariant_47(side, settings):
+    """Random first bases, a staggered first round and further rounds: engine = whole gradients, projected."""
+    settings = {**SETTINGS, "eps": 1e-6, "side": side, **settings}
+    model, plain = Tiny(), Tiny()
+    opt = attach(model, "galore", **settings)
+    oracle = Oracle(plain, opt, eps=1e-6)
+    losses = train(model, opt, batches(8))
+    reference = train(plain, oracle, batches(8))
+    assert all(b.count >= 2 for b in opt.bases)
+    close(plain, model, 1e-11)
+    assert losses == pytest.approx(reference, rel=1e-11)
+
+
+def test_sgd_equals_the_dense_oracle():
+    model, plain = Tiny(), Tiny()
+    opt = attach(model, "galore_sgd", **SETTINGS)
+    oracle = Oracle(plain, opt, adam=False)
+    train(model, opt, batches(8))
+    train(plain, oracle, batches(8))
+    close(plain, model)
+
+
+@kills("optim/refresh.py", "min(every, max(warmup, bases))", "max(warmup, bases)")
+@kills("optim/refresh.py", "update % every == b * every // bases", "update % every == b")
+def test_the_schedule_of_refreshes():
+    """Each basis once in the first round, within min(T, max(warm-up, B)) updates; then once every T."""
+    for bases, every, warmup in ((128, 200, 15000), (128, 200, 20), (32, 200, 60), (300, 50, 0), (5, 1, 0)):
+        window, first = min(every, max(warmup, bases)), []
+        for b in range(bases):
+            at = [t for t in range(4 * every + 2) if due(b, bases, t, every, warmup, False)]
+            assert 1 <= at[0] <= window
+            first.append(at[0])
+            rest = [t for t in at[1:] if t >= every] if every > 1 else at[1:]
+            assert [t // every for t in rest[:3]] == ([1, 2, 3] if every > 1 else [2, 3, 4])
+            assert len({t % every for t in rest}) == 1
+        assert max(map(first.count, first)) == -(-bases // window) and first == sorted(first)
+    assert [t for t in range(9) if due(3, 5, t, 4, 0, True)] == [0, 4, 8]
+
+
+@kills("optim/unit.py", "return g @ self.q.q.to(g.dtype) if self.q else g", "return g @ self.q.s.to(g.dtype)[:, :4] if self.q else g")
+def test_sgd_at_full_rank_is_sgd_invariant_4():
+    """rho = 1, r = min(out, in), T = 1, every basis from this step's G: exactly gradient descent."""
+    for side in ("input", "output"):
+        model, plain = Tiny(), Tiny()
+        opt = attach(model, "galore_sgd", lr=1e-2, scale=30.0, rank=WIDE, side=side, refresh="together",
+                     refresh_every=1, finder="svd", share=False)  # fmt: skip
+        assert any(u.projected for u in opt.units)
+        matrices = [p for n, p in plain.named_parameters() if "_proj.weight" in n]
+        rest = [p for n, p in plain.named_parameters() if "_proj.weight" not in n]
+        others = torch.optim.Adam(rest, lr=1e-2)
+        sgd = torch.optim.SGD(matrices, lr=0.3)
+        for tokens in batches(6):
+            for m, steps in ((model, [opt]), (plain, [others, sgd])):
+                (summed_loss(m, tokens) / 60).backward()
+                for o in steps:
+                    o.step()
+                    o.zero_grad()
+        close(plain, model, 1e-10)
+
+
+WIDE = 16
+
+
+class Coordinates(nn.Module):
+    """W = W_0 + C Q^T (or P C) with C trained: what a projected layer computes while its basis stays."""
+
+    def __init__(self, linear, unit):
+        super().__init__()
+        self.weight, self.unit, self.bias = linear.weight.detach(), unit, linear.bias
+        self.c = nn.Parameter(torch.zeros(unit.shape, dtype=linear.weight.dtype))
+
+    def forward(self, x):
+        c = self.c @ self.unit.q.q.t() if self.unit.q else self.c
+        return nn.functional.linear(x, self.weight + (self.unit.p.q @ c if self.unit.p else c), self.bias)
+
+
+def with_coordinates(opt, scale, lr=1e-2):
+    """A Tiny whose matrices are Coordinates, and a torch optimizer that trains it."""
+    plain = Tiny()
+    for u in opt.units:
+        if u.projected:
+            path, _, name = u.name.removesuffix(".weight").rpartition(".")
+            parent = plain.get_submodule(path)
+            setattr(parent, name, Coordinates(getattr(parent, name), u))
+    inner = [p for n, p in plain.named_parameters() if n.endswith(".c")]
+    rest = [p for n, p in plain.named_parameters() if not n.endswith(".c")]
+    groups = [{"params": inner, "lr": lr * scale}, {"params": rest, "lr": lr}]
+    return plain, torch.optim.Adam(groups, lr=lr)
+
+
+@pytest.mark.parametrize("side", ("input", "output", "both"))
+@kills("optim/layer.py", "left = dy.to(wide) @ p.to(wide)", "left = dy.to(wide) @ p.to(wide).flip(1)")
+def test_fixed_basis_is_adam_on_coordinates_invariant_5(side, fixed):
+    """Between refreshes: torch's Adam on C, W = W_0 + scale C Q^T, is the same training."""
+    model = Tiny()
+    opt = attach(model, "galore", **SETTINGS, side=side, scale=0.5)
+    plain, adam = with_coordinates(opt, 0.5)
+    losses, other = train(model, opt, batches(6)), train(plain, adam, batches(6))
+    assert losses == pytest.approx(other, rel=1e-11)
+
+
+def test_adam_in_a_selection_of_rows_is_adam_on_them_invariant_5b(fixed):
+    """P a signed choice of coordinates: plain Adam on those rows, nothing on the others."""
+    model, plain = Tiny(), Tiny()
+    opt = attach(model, "galore", lr=1e-2, scale=1.0, rank=4, side="output")
+    for b in opt.bases:
+        b.q.zero_()
+        b.q[:4] = torch.diag(torch.tensor([1.0, -1.0, 1.0, -1.0], dtype=torch.float64))
+    before = copy.deepcopy(plain)
+    adam = torch.optim.Adam(plain.parameters(), lr=1e-2)
+    (summed_loss(model, batches(1)[0]) / 60).backward()
+    (summed_loss(plain, batches(1)[0]) / 60).backward()
+    opt.step()
+    adam.step()
+    for (name, p), q, old in zip(model.named_parameters(), plain.parameters(), before.parameters(), strict=True):
+        if "_proj.weight" in name:
+            torch.testing.assert_close(p[:4], q[:4], rtol=1e-12, atol=1e-14)
+            assert torch.equal(p[4:], old[4:]) and not torch.equal(p[:4], old[:4])
+
+
+def test_signs_and_order_of_a_basis_do_not_matter_a_rotation_does_invariant_6(fixed):
+    g = torch.Generator().manual_seed(3)
+    ends = []
+    for change in ("none", "flip", "rotate"):
+        model = Tiny()
+        opt = attach(model, "galore", **SETTINGS)
+        for b in opt.bases:
+            if change == "flip":
+                b.q.copy_(b.q[:, torch.randperm(4, generator=g)] * torch.tensor([1.0, -1, -1, 1]).double())
+            if change == "rotate":
+                turn, _ = torch.linalg.qr(torch.randn(4, 4, generator=g, dtype=torch.float64))
+                b.q.copy_(b.q @ turn)
+            b.cross.copy_(b._cross())
+        train(model, opt, batches(6))
+        ends.append(model)
+    close(ends[0], ends[1])
+    assert (flat(ends[0]) - flat(ends[2])).norm() > 1e-3 * moved(ends[0], START)
+
+
+@kills("optim/unit.py", "kernels.lift_(w, self.p.q, back, keep)", "kernels.lift_(w, self.p.q.flip(0), back, keep)")
+def test_a_weight_moves_within_its_span_invariant_7(fixed):
+    for side in ("input", "output", "both"):
+        model, start = Tiny(), Tiny()
+        opt = attach(model, "galore", **SETTINGS, side=side)
+        train(model, opt, batches(5))
+        old = dict(start.named_parameters())
+        for u in opt.units:
+            if u.projected:
+                delta = u.param.detach() - old[u.name].detach()
+                assert delta.norm() > 1e-3
+                for b, d in ((u.q, delta), (u.p, delta.T)):
+                    if b:
+                        assert (d - d @ b.q @ b.q.T).norm() <= 1e-12 * d.norm()
+                assert torch.linalg.matrix_rank(delta, rtol=1e-10) <= 4
+
+
+@pytest.mark.parametrize("method", ["adamw", "galore"])
+def test_scale_of_the_loss_does_not_matter_invariant_9(method):
+    """eps -> 0: gradients c times as large, the same updates, through refreshes too."""
+    ends = []
+    for c in (1.0, 1e-3, 1e3):
+        model = Tiny()
+        opt = attach(model, method, **{**keys(method), "eps": 1e-30})
+        for tokens in batches(6):
+            (summed_loss(model, tokens) * c).backward()
+            opt.step()
+            opt.zero_grad()
+        ends.append(model)
+    close(ends[0], ends[1], 1e-9)
+    close(ends[0], ends[2], 1e-9)
+
+
+# ---- modes of execution, for every method
+
+
+@pytest.mark.parametrize("method", METHODS_TESTED)
+@kills("optim/engine.py", "self.accum_steps * self._pass for i", "1 for i")
+@kills("optim/unit.py", "                leaf.grad = None\n        return grads", "                pass\n        return grads")
+def test_micro_batches_equal_one_batch_invariant_20(method):
+    """K = 4 = K = 1, refresh steps included: the loss is divided by the tokens of the whole step."""
+    one, opt, losses = run(method)
+    many, _, summed = run(method, micro=4)
+    assert not opt.bases or all(b.count >= 2 for b in opt.bases)
+    close(one, many)
+    assert losses == pytest.approx(summed, rel=1e-12)
+
+
+def test_a_mean_of_means_is_another_gradient_invariant_20b():
+    """What published loops do: each micro-batch divided by its own tokens. With unequal counts that is wrong."""
+    tokens, ends = batches(1)[0], []
+    for own_mean in (False, True):
+        model = Tiny()
+        for part, kept in ((tokens[:6], 6), (tokens[6:], 2)):
+            loss = summed_loss(model, part[:, :kept])
+            counted = 6 * (kept - 1)
+            (loss / (2 * counted) if own_mean else loss / 36).backward()
+        ends.append(torch.cat([p.grad.flatten() for p in model.parameters()]))
+    assert (ends[0] - ends[1]).norm() > 0.05 * ends[0].norm()
+
+
+@pytest.mark.parametrize("micro", [1, 3])
+@pytest.mark.parametrize("method", METHODS_TESTED)
+@kills("optim/engine.py", "if self.in_backward and u not in self._late:\n                    u.param.grad = None", "if False:\n                    pass")
+def test_in_backward_equals_after_bitwise_invariant_19(method, micro):
+    inside, opt, a = run(method, micro=micro, update="in_backward", **off(method))
+    after, _, b = run(method, micro=micro, update="after", **off(method))
+    assert torch.equal(flat(inside), flat(after)) and a == b
+    model = Tiny()
+    opt = attach(model, method, update="in_backward", **keys(method), **off(method))
+    (summed_loss(model, batches(1)[0]) / 60).backward()
+    held = [n for n, p in model.named_parameters() if p.grad is not None]
+    assert all("norm" in n or "bias" in n for n in held), held  # everything large was freed inside backward
+
+
+def off(method):
+    return {} if projected(method) else {"clip_mode": "off"}
+
+
+@pytest.mark.parametrize("method", METHODS_TESTED)
+def test_per_layer_clip_in_backward_equals_after_bitwise(method):
+    if not projected(method):
+        return  # dense methods clip by the exact global norm
+    inside, opt, _ = run(method, update="in_backward", clip=0.01, clip_mode="per_layer")
+    after, _, _ = run(method, update="after", clip=0.01, clip_mode="per_layer")
+    assert torch.equal(flat(inside), flat(after))
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+@pytest.mark.parametrize("method", METHODS_TESTED)
+def test_checkpointed_equals_not(method, reentrant):
+    plain, _, _ = run(method)
+    saved, _, _ = run(method, model=Tiny(checkpointing=reentrant), micro=2)
+    close(plain, saved)
+
+
+@pytest.mark.parametrize("method", METHODS_TESTED)
+@kills("optim/refresh.py", "            self._swap(vars(module), \"forward\", bound)", "            pass")
+def test_compiled_equals_eager_with_one_graph_a_block_shape(method):
+    """2 T steps with evaluations: one training and one evaluation graph, or the recompile limit raises."""
+    torch._dynamo.reset()
+    graphs = []
+
+    def counting(gm, inputs):
+        graphs.append(gm)
+        return gm
+
+    eager, _, _ = run(method, steps=7)
+    model = Tiny(blocks=2)
+    opt = attach(model, method, **keys(method))
+    compile_blocks(model, backend=counting)
+
+    def evaluate(n):
+        with torch.no_grad():
+            model(batches(1)[0])
+
+    with torch._dynamo.config.patch(fail_on_recompile_limit_hit=True):
+        train(model, opt, batches(7), after_step=evaluate)
+    close(eager, model)
+    assert len(graphs) == 2, len(graphs)
+
+
+def test_compiled_by_inductor_equals_eager():
+    eager, _, _ = run("galore", steps=5)
+    torch._dynamo.reset()
+    fast, _, _ = run("galore", steps=5, compiled=True)
+    close(eager, fast, 1e-11)
+
+
+@pytest.mark.parametrize("how", ["module.compile()", "replaced", "replaced before attach"])
+def test_other_ways_to_compile_a_block(how):
+    eager, _, _ = run("galore", steps=5)
+    torch._dynamo.reset()
+    model = Tiny()
+
+    def fasten():
+        for n, block in enumerate(model.layers):
+            if how == "module.compile()":
+                block.compile(backend="aot_eager")
+            else:
+                model.layers[n] = torch.compile(block, backend="aot_eager")
+
+    if how.endswith("attach"):
+        fasten()
+        opt = attach(model, "galore", **SETTINGS)
+    else:
+        opt = attach(model, "galore", **SETTINGS)
+        fasten()
+    compiles = torch._dynamo.utils.counters["stats"]["unique_graphs"]
+    train(model, opt, batches(5))
+    close(eager, model)
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] - compiles <= 2
+    assert all("_orig_mod" not in u.name for u in opt.units)
+
+
+def test_a_model_compiled_whole_is_warned_about():
+    torch._dynamo.reset()
+    model = Tiny()
+    opt = attach(model, "galore", **SETTINGS)
+    fast = torch.compile(model, backend="aot_eager")
+    (summed_loss(fast, batches(1)[0]) / 60).backward()
+    with pytest.warns(UserWarning, match="compile the blocks one by one"):
+        opt.step()
+
+
+# ---- clipping
+
+
+def test_two_pass_clip_equals_exact_invariant_21():
+    exact, a, _ = run("adamw", clip=0.3)
+    twice, b, _ = run("adamw", clip=0.3, clip_mode="two_pass")
+    free, _, _ = run("adamw")
+    assert torch.equal(flat(exact), flat(twice))
+    assert (flat(free) - flat(exact)).norm() > 1e-3 * moved(free, START)
+    torch.testing.assert_close(a.stats["grad_norm"], b.stats["grad_norm"])
+
+
+@pytest.mark.parametrize("lagged", [False, True])
+@pytest.mark.parametrize("mode", ["global_estimated", "projected", "per_layer"])
+@kills("optim/scalars.py", "torch.where(self.norm >= 0, coefficient(clip, self.norm), 1.0) if clip", "coefficient(clip, self.norm.abs()) if clip")
+@kills("optim/engine.py", 'NORM_OF = {"projected": 0}', 'NORM_OF = {"projected": 1}')
+@kills("optim/scalars.py", "self.squares[rows, 0].sqrt()", "self.squares[rows, 1].sqrt()")
+def test_clip_modes_follow_their_definition(mode, lagged, fixed):
+    """Against a float64 loop on plain gradients; in backward the global modes use the last step's norm."""
+    update = "in_backward" if lagged else "after"
+    model = Tiny()
+    opt = attach(model, "galore", **SETTINGS, clip=0.5, clip_mode=mode, update=update, eps=1e-6)
+    plain, adam = with_coordinates(opt, 0.25)
+    for g in adam.param_groups:
+        g["eps"] = 1e-6
+    last, used = None, []
+    for tokens in batches(6):
+        (summed_loss(model, tokens) / 60).backward()
+        opt.step()
+        opt.zero_grad()
+        (summed_loss(plain, tokens) / 60).backward()
+        parts = {n: p.grad.norm() for n, p in plain.named_parameters()}
+        if mode == "per_layer":
+            for n, p in plain.named_parameters():
+                p.grad *= (0.5 / (parts[n] + 1e-6)).clamp(max=1)
+        else:
+            own = torch.stack(list(parts.values())).norm() if mode == "projected" else opt.stats["grad_norm"]
+            norm, last = (last, own) if lagged else (own, own)
+            c = 1.0 if norm is None else (0.5 / (norm + 1e-6)).clamp(max=1)
+            used.append(float(c))
+            for p in plain.parameters():
+                p.grad *= c
+        adam.step()
+        adam.zero_grad()
+    assert mode == "per_layer" or min(used[1:]) < 1
+    for u in opt.units:
+        if u.projected:
+            c = plain.get_submodule(u.name.removesuffix(".weight")).c
+            want = Tiny().get_parameter(u.name) + c @ u.q.q.T
+            torch.testing.assert_close(u.param.data, want.data, rtol=1e-10, atol=1e-12)
+
+
+# ---- ranks
+
+
+def on_rank(rank, world, method, settings, rows):
+    import torch.distributed as dist
+
+    model, group = Tiny(), dist.group.WORLD
+    if rows:
+        from torch.distributed.device_mesh import init_device_mesh
+        from torch.distributed.fsdp import fully_shard
+
+        mesh = init_device_mesh("cpu", (world,))
+        for block in model.layers:
+            fully_shard(block, mesh=mesh)
+        fully_shard(model, mesh=mesh)
+        group = mesh.get_group()
+    opt = attach(model, method, accum_steps=2, group=group, reduce="sum", **keys(method), **settings)
+    hashes = []
+
+    def note(n):
+        if n % 3 == 0 and not rows:
+            buffer = io.BytesIO()
+            state = opt.state_dict()["state"]
+            state["engine"] = {k: v for k, v in state["engine"].items() if k != "fallbacks"}
+            torch.save([model.state_dict(), state], buffer)
+            hashes.append(hash(buffer.getvalue()))
+
+    train(model, opt, batches(8), micro=2, rank=rank, world=world, after_step=note)
+    whole = [p.detach().full_tensor() if rows else p.detach() for p in model.parameters()]
+    return torch.cat([w.flatten() for w in whole]), float(opt.stats["grad_norm"]), hashes
+
+
+@pytest.mark.parametrize("world", [2, 3])
+@pytest.mark.parametrize("method", METHODS_TESTED)
+@kills("optim/reduce.py", "works = [dist.all_reduce(g, group=self.group, async_op=True) for g in grads]", "works = []")
+@kills("optim/reduce.py", "return Flight(grads, works, [], self.divide)", "return Flight(grads, works, [], self.world)")
+@kills("optim/engine.py", "grads = flight.land()", "grads = flight.out")
+def test_ranks_equal_one_and_each_other_invariant_23(method, world):
+    """Replicas on different data = one process on all of it; bit-equal weights, bases and state on all ranks."""
+    one, opt, _ = run(method, micro=2)
+    ranks = parallel(world, on_rank, method, {}, False)
+    assert all(torch.equal(r[0], ranks[0][0]) and r[2] == ranks[0][2] for r in ranks)
+    assert (ranks[0][0] - flat(one)).norm() <= 1e-12 * moved(one, START)
+    assert ranks[0][1] == pytest.approx(float(opt.stats["grad_norm"]), rel=1e-12)
+
+
+@pytest.mark.parametrize("world", [2, 3])
+@pytest.mark.parametrize("method", [m for m in METHODS_TESTED if m != "adamw_8bit"])
+@kills("optim/reduce.py", "out.append(mine[:rows])", "out.append(mine[:rows] * 2)")
+@kills("optim/reduce.py", "return torch.where(mask, total, t)", "return t")
+def test_row_shards_equal_one(method, world):
+    """fully_shard before attach: R is reduce-scattered by rows, moments and update stay on the shard."""
+    one, opt, _ = run(method, micro=2)
+    ranks = parallel(world, on_rank, method, {}, True)
+    for flat_weights, norm, _ in ranks:
+        assert (flat_weights - flat(one)).norm() <= 1e-12 * moved(one, START)
+        assert norm == pytest.approx(float(opt.stats["grad_norm"]), rel=1e-12)
+
+
+def diverging(rank, world):
+    model = Tiny()
+    if rank:
+        with torch.no_grad():
+            model.head.weight[0, 0] += 1e-3
+    import torch.distributed as dist
+
+    opt = attach(model, "galore", group=dist.group.WORLD, reduce="sum", **SETTINGS)
+    train(model, opt, batches(4), rank=rank, world=world)
+    return flat(model)
+
+
+def test_a_divergent_rank_is_seen():
+    a, b = parallel(2, diverging)
+    assert not torch.equal(a, b)
+
+
+# ---- saving
+
+
+@pytest.mark.parametrize("method", METHODS_TESTED)
+@kills("optim/state.py", "e.updates, e.seed = int(own[\"updates\"])", "e.updates, e.seed = 0 * int(own[\"updates\"])")
+@kills("optim/unit.py", "self.cross.copy_(self._cross())\n        self.count = count", "self.cross.copy_(self._cross())")
+@kills("optim/state.py", "e.scalars.norm.copy_(own[\"norm\"])", "pass")
+def test_resumes_bitwise_after_any_step_invariant_22(method):
+    """Saved after each of 7 steps, one before and one after refreshes among them, through a file."""
+    steps, clip = 7, {"clip": 0.5} if projected(method) else {}
+    tokens = batches(steps)
+    model = Tiny()
+    opt = attach(model, method, **keys(method), **clip)
+    saves = []
+
+    def save(n):
+        buffer = io.BytesIO()
+        torch.save([model.state_dict(), opt.state_dict()], buffer)
+        saves.append(buffer)
+
+    train(model, opt, tokens, after_step=save)
+    for n, buffer in enumerate(saves[:-1]):
+        buffer.seek(0)
+        weights, state = torch.load(buffer, weights_only=True)
+        again = Tiny(seed=5)
+        torch.manual_seed(99)
+        other = attach(again, method, **{**keys(method), "lr": 5e-2}, **clip)
+        again.load_state_dict(weights)
+        other.load_state_dict(state)
+        train(again, other, tokens[n + 1 :])
+        assert torch.equal(flat(again), flat(model)), f"after step {n + 1}"
+        a, b = (torch.utils._pytree.tree_leaves(o.state_dict()) for o in (opt, other))
+        assert all(torch.equal(x, y) if isinstance(x, torch.Tensor) else x == y for x, y in zip(a, b, strict=True))
+
+
+def test_a_state_of_another_method_or_shape_changes_nothing():
+    _, opt, _ = run("galore", steps=2)
+    before = copy.deepcopy(opt.state_dict())
+    saved = copy.deepcopy(before)
+    saved["state"]["layers.1.down_proj.weight"]["m"] = torch.zeros(3)
+    with pytest.raises(ValueError, match=r"layers\.1\.down_proj\.weight.*\(3,\)"):
+        opt.load_state_dict(saved)
+    _, dense, _ = run("adamw", steps=2)
+    with pytest.raises(ValueError, match="only one of"):
+        opt.load_state_dict(dense.state_dict())
+    leaves = torch.utils._pytree.tree_leaves
+    assert all(torch.equal(a, b) for a, b in zip(leaves(before["state"]), leaves(opt.state_dict()["state"]), strict=True))
+
+
+# ---- refresh
+
+
+@kills("optim/engine.py", "                b.due = False\n", "                b.due = b.due\n")
+@kills("optim/layer.py", "if self.refresh:", "if self.refresh and False:")
+def test_refresh_step_invariant_49(monkeypatch):
+    """R = G Q_new exactly, with G summed over micro-batches; one group's G is alive at a time."""
+    model, plain = Tiny(), Tiny()
+    opt = attach(model, "galore_sgd", lr=1e-2, scale=1.0, rank=4, refresh_every=50, accum_steps=3)
+    held, most = {}, 0
+    step = opt.step
+
+    def watched(u=None):
+        nonlocal most
+        most = max(most, sum(u.full.grad is not None for u in opt.units if u.projected) + len(opt._held))
+
+    for u in opt.units:
+        if u.projected:
+            u.full.register_post_accumulate_grad_hook(lambda p: watched())
+    train(model, opt, batches(1), micro=3)
+    plain.load_state_dict(model.state_dict())
+    second = batches(2)[1]
+    due_now = [b for b in opt.bases if b.due]
+    assert len(due_now) == 1
+    (summed_loss(plain, second) / 60).backward()
+    old = {u.name: u.param.detach().clone() for u in opt.units}
+    old_q = due_now[0].q.clone()
+    train(model, opt, [second], micro=3)
+    assert most == len(due_now[0].units) == 3
+    for u in due_now[0].units:
+        g, q = dict(plain.named_parameters())[u.name].grad, due_now[0].q
+        assert not torch.allclose(q, old_q)
+        torch.testing.assert_close(u.param.data, old[u.name] - 1e-2 * g @ q @ q.T, rtol=1e-12, atol=1e-14)
+    assert step is not None and not held
+
+
+def test_overlap_and_energy_are_what_they_say():
+    model, plain = Tiny(), Tiny()
+    opt = attach(model, "galore", **SETTINGS, refresh="together")
+    train(model, opt, batches(3))
+    plain.load_state_dict(model.state_dict())
+    old = {b.name: b.q.clone() for b in opt.bases}
+    tokens = batches(4)[3]
+    (summed_loss(plain, tokens) / 60).backward()
+    train(model, opt, [tokens])
+    want = [(old[b.name].T @ b.q).square().sum() / b.r for b in opt.bases]
+    torch.testing.assert_close(opt.stats["overlap"], torch.stack(want).mean())
+    assert 0 < float(opt.stats["overlap"]) < 0.999
+    grads = {n: p.grad for n, p in plain.named_parameters()}
+    captured = sum((grads[u.name] @ u.q.q).square().sum() for u in opt.units if u.projected)
+    whole = sum(grads[u.name].square().sum() for u in opt.units if u.projected)
+    torch.testing.assert_close(opt.stats["energy"], captured / whole)
+    norm = torch.stack([g.norm() for g in grads.values()]).norm()
+    torch.testing.assert_close(opt.stats["grad_norm"], norm)
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), 0.0])
+def test_a_zero_or_non_finite_gradient_keeps_the_basis(bad):
+    model = Tiny()
+    opt = attach(model, "galore", lr=1e-2, rank=4, refresh_every=50)
+    train(model, opt, batches(1))
+    (b,) = [b for b in opt.bases if b.due]
+    q, w = b.q.clone(), [u.param.detach().clone() for u in b.units]
+    t = float(opt.scalars.t[b.units[0].index])
+    loss = summed_loss(model, batches(2)[1]) / 60
+    poison = b.units[0].full.register_hook(lambda g: g * bad if bad == 0 else g + bad)
+    others = [u.full.register_hook(lambda g: g * 0) for u in b.units[1:]] if bad == 0 else []
+    loss.backward()
+    opt.step()
+    assert torch.equal(b.q, q) and opt.stats["bases_kept"] == 1 and b.count == 0
+    if bad != 0:
+        assert torch.equal(b.units[0].param, w[0]) and int(opt.stats["skipped"]) == 1
+        assert float(opt.scalars.t[b.units[0].index]) == t
+    for handle in (poison, *others):
+        handle.remove()
+    train(model, opt, batches(4)[2:])
+    assert torch.isfinite(flat(model)).all() and b.count >= 0
+
+
+@pytest.mark.parametrize("method", METHODS_TESTED)
+def test_a_non_finite_coordinate_skips_its_matrix_whole(method):
+    model = Tiny()
+    opt = attach(model, method, **{**keys(method), **({"refresh_every": 50} if projected(method) else {})})
+    train(model, opt, batches(7))
+    u = next(u for u in opt.units if u.name == "layers.0.down_proj.weight")
+    assert not u.refresh
+    before = copy.deepcopy(opt.state_dict()["state"][u.name])
+    others = flat(model)
+    w = u.param.detach().clone()
+    handle = u.leaves[0].register_hook(lambda g: g + float("nan"))
+    train(model, opt, batches(8)[7:])
+    after = opt.state_dict()["state"][u.name]
+    assert torch.equal(u.param, w) and not torch.equal(flat(model), others)
+    assert before.keys() == after.keys() and all(torch.equal(before[k], after[k]) for k in before)
+    assert int(opt.stats["skipped"]) == 1 and torch.isfinite(opt.stats["grad_norm"])
+    handle.remove()
+    train(model, opt, batches(9)[8:])
+    assert not torch.equal(u.param, w) and int(opt.stats["skipped_in_a_row"]) == 0
+
+
+# ---- a closed step
+
+
+@pytest.mark.parametrize("method", METHODS_TESTED)
+def test_a_step_is_closed(method):
+    model = Tiny()
+    opt = attach(model, method, accum_steps=2, **keys(method))
+    tokens = batches(4)
+    with pytest.raises(RuntimeError, match=r"0 backward.*accum_steps=2"):
+        opt.step()
+    (summed_loss(model, tokens[0]) / 60).backward()
+    with pytest.raises(RuntimeError, match=r"1 backward.*accum_steps=2"):
+        opt.step()
+    opt.zero_grad()
+    for _ in range(3):
+        (summed_loss(model, tokens[0]) / 60).backward()
+    with pytest.raises(RuntimeError, match=r"3 backward.*accum_steps=2"):
+        opt.step()
+    for part in tokens[:2]:
+        (model.head(model.embed(part)).sum()).backward()  # the blocks are not used
+    with pytest.raises(RuntimeError, match=r"layers\.0\.q_proj\.weight.*more"):
+        opt.step()
+    train(model, opt, tokens, micro=2)  # and it goes on
+
+
+def test_zero_grad_drops_an_unfinished_step():
+    a, b = Tiny(), Tiny()
+    opts = [attach(m, "galore", **SETTINGS, accum_steps=2) for m in (a, b)]
+    (summed_loss(a, batches(1, seed=7)[0]) / 60).backward()
+    opts[0].zero_grad()
+    for m, o in zip((a, b), opts, strict=True):
+        train(m, o, batches(3), micro=2)
+    assert torch.equal(flat(a), flat(b))
+
+
+def test_accumulation_may_change_between_steps():
+    one, _, _ = run("galore", steps=6)
+    model = Tiny()
+    opt = attach(model, "galore", **SETTINGS)
+    for n, tokens in enumerate(batches(6)):
+        opt.accum_steps = 1 + n % 3
+        train(model, opt, [tokens], micro=opt.accum_steps)
+    close(one, model)
+
+
+@pytest.mark.parametrize("method", METHODS_TESTED)
+def test_no_two_methods_train_alike(method):
+    """Same seed, same data: the losses of any two methods differ."""
+    losses = {m: run(m)[2] for m in METHODS_TESTED}
+    assert sum(losses[m] == losses[method] for m in METHODS_TESTED) == 1
