@@ -1,8 +1,8 @@
 """Bases: which r directions of a gradient are kept, and how moments move when they change.
 
 Functions on tensors, written for the row space. `gs` is a list of gradients (out_i, n) that share one basis
-Q (n, r) with orthonormal columns; their stack G (sum of out_i, n) is never formed by the default finder. For a
-basis of the column space pass [G.t()]. Arithmetic is in fp32 without TF32, in float64 if any input is.
+Q (n, r) with orthonormal columns; the default finder never forms their stack G (sum of out_i, n). For a basis of
+the column space pass [G.t()]. Arithmetic is in fp32 without TF32, in float64 if any input is.
 
 Finders of the r leading right singular vectors:
 
@@ -197,8 +197,8 @@ def _largest(gs: list[Tensor], dtype: torch.dtype) -> Tensor:
 
 
 def _blocks(g: Tensor, dtype: torch.dtype) -> Iterator[Tensor]:
-    """Rows of g in `dtype`, a few at a time unless they are so already."""
-    return iter([g]) if g.dtype == dtype else (block.to(dtype) for block in g.split(ROWS))
+    """Rows of g, ROWS at a time, in `dtype`: no copy of all of g."""
+    return (block.to(dtype) for block in g.split(ROWS))
 
 
 def _native(g: Tensor, x: Tensor) -> bool:

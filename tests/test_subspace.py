@@ -1,4 +1,4 @@
-"""Bases and the moments that move with them. Matrices with known singular values, float64 where exactness counts."""
+"""Bases and the moments that move with them, on matrices of known singular values."""
 
 import importlib
 import math
