@@ -1,8 +1,8 @@
 """Bases: which r directions of a gradient are kept, and how moments move when they change.
 
 Functions on tensors, written for the row space. `gs` is a list of gradients (out_i, n) that share one basis
-Q (n, r) with orthonormal columns; the default finder never forms their stack G (sum of out_i, n). For a basis of
-the column space pass [G.t()]. Arithmetic is in fp32 without TF32, in float64 if any input is.
+Q (n, r) with orthonormal columns; the default finder never forms their stack G (sum of out_i, n). For a basis
+of the column space pass [G.t()]. Arithmetic is in fp32 without TF32, in float64 if any input is.
 
 Finders of the r leading right singular vectors:
 

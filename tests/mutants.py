@@ -45,7 +45,9 @@ def mutants(path: Path) -> Iterator[Mutant]:
             continue
         for d in node.decorator_list:
             if isinstance(d, ast.Call) and isinstance(d.func, ast.Name) and d.func.id == "kills":
-                yield Mutant(f"{path.relative_to(ROOT)}::{node.name}", *(ast.literal_eval(a) for a in d.args))
+                yield Mutant(
+                    f"{path.relative_to(ROOT)}::{node.name}", *(ast.literal_eval(a) for a in d.args)
+                )
 
 
 def verdict(m: Mutant) -> str:
