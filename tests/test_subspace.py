@@ -1,9 +1,6 @@
 """Bases and the moments that move with them, on matrices of known singular values."""
 
-import importlib
 import math
-import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -13,11 +10,8 @@ from torch.overrides import TorchFunctionMode
 
 from optim import subspace
 from optim.subspace import FALLBACK, FOUND, KEPT, captured, find, mix, overlap, random_basis, transport
+from tests.mutants import kills
 
-sys.path.insert(0, str(Path(__file__).parent))
-kills = importlib.import_module("mutants").kills
-
-SOURCE = "optim/subspace.py"
 FINDERS = ("warm", "svd", "randomized")
 F64 = torch.float64
 
@@ -57,8 +51,8 @@ def project(q):
     return q @ q.T
 
 
-@kills(SOURCE, "return q * _signs(q, None)", "return x * _signs(q, None)")
-@kills(SOURCE, "return q * _signs(q, None)", "return q")
+@kills("optim/subspace.py", "return q * _signs(q, None)", "return x * _signs(q, None)")
+@kills("optim/subspace.py", "return q * _signs(q, None)", "return q")
 def test_invariant_01_random_basis_is_orthonormal():
     q = random_basis(512, 128, 3, "cpu", torch.float32)
     assert error(q) <= 1e-5
@@ -69,9 +63,9 @@ def test_invariant_01_random_basis_is_orthonormal():
     assert (q.gather(0, q.abs().argmax(0, keepdim=True)) > 0).all()
 
 
-@kills(SOURCE, "_complete(vt.t(), s, old", "_complete(vt.t().roll(1, 1), s, old")
-@kills(SOURCE, "kept.square() / total", "kept / total")
-@kills(SOURCE, "dtype=torch.float64) * top", "dtype=torch.float64)")
+@kills("optim/subspace.py", "_complete(vt.t(), s, old", "_complete(vt.t().roll(1, 1), s, old")
+@kills("optim/subspace.py", "kept.square() / total", "kept / total")
+@kills("optim/subspace.py", "dtype=torch.float64) * top", "dtype=torch.float64)")
 @pytest.mark.parametrize("shape", [(40, 24), (24, 40)])
 def test_invariant_02_projection_takes_the_leading_energy(shape):
     sigma, r = 3 * decay(0.75, 24), 7
@@ -86,9 +80,9 @@ def test_invariant_02_projection_takes_the_leading_energy(shape):
         assert abs(captured([side], q) - (1 - rest / (sigma**2).sum())) < 1e-10
 
 
-@kills(SOURCE, "_complete(y @ ut.t(), s", "_complete(y, s")
-@kills(SOURCE, "_complete(y @ ut.t(), s", "_complete(y @ ut, s")
-@kills(SOURCE, "POWER_ITERATIONS = 2", "POWER_ITERATIONS = 0")
+@kills("optim/subspace.py", "_complete(y @ ut.t(), s", "_complete(y, s")
+@kills("optim/subspace.py", "_complete(y @ ut.t(), s", "_complete(y @ ut, s")
+@kills("optim/subspace.py", "POWER_ITERATIONS = 2", "POWER_ITERATIONS = 0")
 def test_invariant_03_randomized_finder():
     low = matrix(60, 50, decay(0.5, 8))
     assert 1 - captured([low], find([low], orthonormal(50, 8, 5), "randomized", 1).q) < 1e-10
@@ -109,8 +103,8 @@ def bases(n, r_old, r_new, seed=0):
     return q, p, q.T @ p
 
 
-@kills(SOURCE, "m = move(m, c)", "m = -move(m, c)")
-@kills(SOURCE, "(1 - share.sum(", "(2 - share.sum(")
+@kills("optim/subspace.py", "m = move(m, c)", "m = -move(m, c)")
+@kills("optim/subspace.py", "(1 - share.sum(", "(2 - share.sum(")
 @pytest.mark.parametrize("policy", ["keep", "rotate", "rotate_fill"])
 def test_invariant_11_same_basis_leaves_the_moments(policy):
     q = orthonormal(30, 6, 0)
@@ -120,8 +114,8 @@ def test_invariant_11_same_basis_leaves_the_moments(policy):
             torch.testing.assert_close(got, want, rtol=0, atol=1e-10)
 
 
-@kills(SOURCE, "share = c.square()", "share = c")
-@kills(SOURCE, ".clamp(min=0))", ")")
+@kills("optim/subspace.py", "share = c.square()", "share = c")
+@kills("optim/subspace.py", ".clamp(min=0))", ")")
 @pytest.mark.parametrize("policy", ["rotate", "rotate_fill"])
 def test_invariant_12_second_moments_stay_non_negative(policy):
     _, _, c = bases(20, 8, 5)
@@ -133,9 +127,9 @@ def test_invariant_12_second_moments_stay_non_negative(policy):
     assert transport(None, torch.tensor([[0.0, 1.0]]), over, policy)[1].min() >= 0
 
 
-@kills(SOURCE, 'if policy == "rotate_fill"', 'if policy == "none"')
-@kills(SOURCE, "mean = v.mean(dim", "mean = v.sum(dim")
-@kills(SOURCE, "share.sum(0, keepdim=True)", "share.sum(1)[None]")
+@kills("optim/subspace.py", 'if policy == "rotate_fill"', 'if policy == "none"')
+@kills("optim/subspace.py", "mean = v.mean(dim", "mean = v.sum(dim")
+@kills("optim/subspace.py", "share.sum(0, keepdim=True)", "share.sum(1)[None]")
 def test_invariant_13_transport_does_not_grow():
     for r_old, r_new in ((6, 6), (8, 5), (5, 8)):
         _, _, c = bases(20, r_old, r_new)
@@ -157,8 +151,8 @@ def test_invariant_13_transport_does_not_grow():
         torch.testing.assert_close(filled, by_hand, rtol=0, atol=1e-12)
 
 
-@kills(SOURCE, "m = move(m, c)", "m = move(m, c.t() if c.shape[0] == c.shape[1] else c)")
-@kills(SOURCE, "by.t() @ x", "(by if by.shape[0] == by.shape[1] else by.t()) @ x")
+@kills("optim/subspace.py", "m = move(m, c)", "m = move(m, c.t() if c.shape[0] == c.shape[1] else c)")
+@kills("optim/subspace.py", "by.t() @ x", "(by if by.shape[0] == by.shape[1] else by.t()) @ x")
 @pytest.mark.parametrize("r_new", [5, 8])
 def test_invariant_14_a_larger_span_keeps_the_momentum(r_new):
     q = orthonormal(20, 5, 0)
@@ -172,8 +166,8 @@ def test_invariant_14_a_larger_span_keeps_the_momentum(r_new):
         torch.testing.assert_close(p @ left, q @ m.T, rtol=0, atol=1e-10)
 
 
-@kills(SOURCE, "c = torch.zeros_like(c)", "pass")
-@kills(SOURCE, 'if policy == "keep":', 'if policy == "none":')
+@kills("optim/subspace.py", "c = torch.zeros_like(c)", "pass")
+@kills("optim/subspace.py", 'if policy == "keep":', 'if policy == "none":')
 def test_keep_and_reset():
     _, _, c = bases(20, 6, 6)
     m, v = normal(11, 6, 1), normal(11, 6, 2).square()
@@ -188,16 +182,16 @@ def test_keep_and_reset():
     assert transport(None, None, c, "rotate") == (None, None)
 
 
-@kills(SOURCE, "c.square().sum() / c.shape[1]", "c.square().sum() / c.shape[0]")
+@kills("optim/subspace.py", "c.square().sum() / c.shape[1]", "c.square().sum() / c.shape[0]")
 def test_overlap_is_the_share_of_the_new_basis():
     q = orthonormal(20, 8, 0)
     assert overlap(q.T @ q[:, :3]) == pytest.approx(1)
     assert overlap(q[:, :3].T @ q) == pytest.approx(3 / 8)
 
 
-@kills(SOURCE, "return torch.cat(parts)", "return torch.cat(parts[::-1])")
-@kills(SOURCE, "block * inverse for g in gs for", "block * inverse for g in gs[:1] for")
-@kills(SOURCE, "part.split(ROWS)", "part.flip(0).split(ROWS)")
+@kills("optim/subspace.py", "return torch.cat(parts)", "return torch.cat(parts[::-1])")
+@kills("optim/subspace.py", "block * inverse for g in gs for", "block * inverse for g in gs[:1] for")
+@kills("optim/subspace.py", "part.split(ROWS)", "part.flip(0).split(ROWS)")
 @pytest.mark.parametrize("finder", FINDERS)
 def test_invariant_48_a_shared_basis_is_that_of_the_stack(finder, monkeypatch):
     gs, old = [matrix(30, 24, decay(0.5, 24), seed) for seed in (0, 2, 4)], orthonormal(24, 6, 9)
@@ -226,12 +220,12 @@ def gradient(kind, m, n, seed):
 KINDS = ["deficient", "decaying", "random", "tiny", "huge"]
 
 
-@kills(SOURCE, "add_(damping * ", "add_(0 * ")
-@kills(SOURCE, "else (r * u, 0, 0)", "else (r * u,)")
-@kills(SOURCE, "inverse = 1 / top", "inverse = top / top")
-@kills(SOURCE, "y += KEEP_OLD *", "y += 0 *")
+@kills("optim/subspace.py", "add_(damping * ", "add_(0 * ")
+@kills("optim/subspace.py", "else (r * u, 0, 0)", "else (r * u,)")
+@kills("optim/subspace.py", "inverse = 1 / top", "inverse = top / top")
+@kills("optim/subspace.py", "y += KEEP_OLD *", "y += 0 *")
 @kills(
-    SOURCE,
+    "optim/subspace.py",
     "x = x / torch.linalg.vector_norm",
     "x = x * 0 + x / x.abs().amax() if x.numel() else x / torch.linalg.vector_norm",
 )
@@ -246,7 +240,7 @@ def test_invariant_50_warm_is_orthonormal_without_falling_back(kind):
                 assert error(found.q) <= 1e-5
 
 
-@kills(SOURCE, "error <= LIMIT and not any(failed)", "not any(failed)")
+@kills("optim/subspace.py", "error <= LIMIT and not any(failed)", "not any(failed)")
 @settings(max_examples=150, deadline=None, derandomize=True)
 @given(st.data())
 def test_invariant_50_any_shape(data):
@@ -262,8 +256,8 @@ def test_invariant_50_any_shape(data):
         assert error(found.q) <= 1e-5 and found.outcome != KEPT
 
 
-@kills(SOURCE, "y.addmm_(block.t(), rows)", "y.copy_(block.t() @ rows)")
-@kills(SOURCE, "y.addmm_(block.t(), rows)", "y.addmm_(block.t(), rows, alpha=-1)")
+@kills("optim/subspace.py", "y.addmm_(block.t(), rows)", "y.copy_(block.t() @ rows)")
+@kills("optim/subspace.py", "y.addmm_(block.t(), rows)", "y.addmm_(block.t(), rows, alpha=-1)")
 def test_invariant_51_row_shards_of_the_reduced_gradient():
     ranks = [normal(30, 24, seed) for seed in (0, 1)]
     g, q = sum(ranks), orthonormal(24, 6, 9)
@@ -276,8 +270,12 @@ def test_invariant_51_row_shards_of_the_reduced_gradient():
     assert (unreduced - want).norm() > 0.3 * want.norm()
 
 
-@kills(SOURCE, "FIRST_ITERATIONS = 2", "FIRST_ITERATIONS = 1")
-@kills(SOURCE, "_left(gs, z * inverse)\n        y += ", "q + 0 * _left(gs, z * inverse)\n        y += ")
+@kills("optim/subspace.py", "FIRST_ITERATIONS = 2", "FIRST_ITERATIONS = 1")
+@kills(
+    "optim/subspace.py",
+    "_left(gs, z * inverse)\n        y += ",
+    "q + 0 * _left(gs, z * inverse)\n        y += ",
+)
 @pytest.mark.parametrize("name", SPECTRA)
 def test_residual_from_a_random_basis(name):
     """Over the smallest possible: 1.24 to 1.48 after one iteration, 1.07 to 1.115 after two."""
@@ -303,7 +301,7 @@ def drifting(steps, noise, seed=0):
         yield ((u * sigma) @ v.T + share * fresh).float()
 
 
-@kills(SOURCE, "q = _orthonormal(y, infos)", "q = _orthonormal(q, infos)")
+@kills("optim/subspace.py", "q = _orthonormal(y, infos)", "q = _orthonormal(q, infos)")
 @pytest.mark.parametrize("noise", [0.08, 0.5])
 def test_warm_basis_serves_the_next_batch_as_the_exact_one_does(noise):
     warm = svd = random_basis(128, 32, 3, "cpu", torch.float32)
@@ -317,8 +315,8 @@ def test_warm_basis_serves_the_next_batch_as_the_exact_one_does(noise):
     assert means["warm"] >= means["svd"] - 0.01, means
 
 
-@kills(SOURCE, "q * _signs(q, None if first else q_old)", "q")
-@kills(SOURCE, "None if first else q_old", "q_old if first else None")
+@kills("optim/subspace.py", "q * _signs(q, None if first else q_old)", "q")
+@kills("optim/subspace.py", "None if first else q_old", "q_old if first else None")
 @pytest.mark.parametrize("finder", FINDERS)
 def test_signs(finder):
     g, old = matrix(40, 32, decay(0.5, 32)), orthonormal(32, 8, 5)
@@ -328,8 +326,8 @@ def test_signs(finder):
     assert ((-q * again).sum(0) > 0).all()
 
 
-@kills(SOURCE, "if not 0 < largest < float", "if not 0 < 1 < float")
-@kills(SOURCE, "return Found(q_old, KEPT)", "return Found(signed, KEPT)")
+@kills("optim/subspace.py", "if not 0 < largest < float", "if not 0 < 1 < float")
+@kills("optim/subspace.py", "return Found(q_old, KEPT)", "return Found(signed, KEPT)")
 @pytest.mark.parametrize("finder", FINDERS)
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf, 0.0])
 def test_a_gradient_without_a_direction_keeps_the_basis(finder, bad):
@@ -352,10 +350,10 @@ def fail_after(calls, real):
     return fake
 
 
-@kills(SOURCE, '["warm", "householder"] if', '["warm"] if')
-@kills(SOURCE, 'infos if attempt == "warm" else None', "infos")
-@kills(SOURCE, "FOUND if attempt == finder else FALLBACK", "FOUND")
-@kills(SOURCE, "        q = _orthonormal(x, None)", "        pass")
+@kills("optim/subspace.py", '["warm", "householder"] if', '["warm"] if')
+@kills("optim/subspace.py", 'infos if attempt == "warm" else None', "infos")
+@kills("optim/subspace.py", "FOUND if attempt == finder else FALLBACK", "FOUND")
+@kills("optim/subspace.py", "        q = _orthonormal(x, None)", "        pass")
 @pytest.mark.parametrize("calls", range(4))
 def test_a_failed_factorisation_falls_back_to_householder(calls, monkeypatch):
     g, old = matrix(40, 32, decay(0.5, 32)), orthonormal(32, 8, 5)
@@ -368,7 +366,7 @@ def test_a_failed_factorisation_falls_back_to_householder(calls, monkeypatch):
     assert find([g[:3]], old, "warm", 0).outcome == FALLBACK  # fewer rows than columns
 
 
-@kills(SOURCE, "except torch.linalg.LinAlgError:", "except KeyError:")
+@kills("optim/subspace.py", "except torch.linalg.LinAlgError:", "except KeyError:")
 @pytest.mark.parametrize("finder", ["svd", "randomized"])
 def test_no_convergence_falls_back_to_warm(finder, monkeypatch):
     def fail(*args, **kwargs):
@@ -380,9 +378,9 @@ def test_no_convergence_falls_back_to_warm(finder, monkeypatch):
     assert found.outcome == FALLBACK and torch.equal(found.q, find([g], old, "warm", 0).q)
 
 
-@kills(SOURCE, "dim=0).amax() * q", "dim=0).amax() * q.flip(0)")
-@kills(SOURCE, "torch.cat([v, old @ rest], 1)", "torch.cat([v, (old @ rest).flip(0)], 1)")
-@kills(SOURCE, "rank = min(r, int((s >", "rank = max(r, int((s >")
+@kills("optim/subspace.py", "dim=0).amax() * q", "dim=0).amax() * q.flip(0)")
+@kills("optim/subspace.py", "torch.cat([v, old @ rest], 1)", "torch.cat([v, (old @ rest).flip(0)], 1)")
+@kills("optim/subspace.py", "rank = min(r, int((s >", "rank = max(r, int((s >")
 @pytest.mark.parametrize("finder", FINDERS)
 @pytest.mark.parametrize("rows", [5, 40])
 def test_a_rank_deficit_keeps_old_directions(finder, rows):
@@ -397,9 +395,9 @@ def test_a_rank_deficit_keeps_old_directions(finder, rows):
     assert (found.q - project(span) @ found.q).norm() < 1e-3
 
 
-@kills(SOURCE, "manual_seed(seed)", "manual_seed(0)")
+@kills("optim/subspace.py", "manual_seed(seed)", "manual_seed(0)")
 @kills(
-    SOURCE,
+    "optim/subspace.py",
     "gaussian(rows, min(r + OVERSAMPLING, rows, n), seed,",
     "gaussian(rows, min(r + OVERSAMPLING, rows, n), 0,",
 )
@@ -415,8 +413,8 @@ def test_seeds_and_bits():
     assert z.shape == (500, 16) and abs(z.std() - 1) < 0.03 and abs(z.mean()) < 0.03
 
 
-@kills(SOURCE, '"little") >> 1', '"little") >> 2')
-@kills(SOURCE, '"little") >> 1', '"big") >> 1')
+@kills("optim/subspace.py", '"little") >> 1', '"little") >> 2')
+@kills("optim/subspace.py", '"little") >> 1', '"big") >> 1')
 def test_mix_is_one_fixed_function():
     assert mix(1, 2, 3) == 3155219076727281641 and mix(0) != mix(0, 0) and mix(12, 3) != mix(1, 23)
     seeds = {mix(a, b) for a in range(40) for b in range(40)}
@@ -434,15 +432,15 @@ class Waits(TorchFunctionMode):
         return func(*args, **(kwargs or {}))
 
 
-@kills(SOURCE, "infos.append(info)", "infos.append(info) if info == 0 else infos.append(info)")
+@kills("optim/subspace.py", "infos.append(info)", "infos.append(info) if info == 0 else infos.append(info)")
 def test_warm_waits_once():
     with Waits() as waits:
         assert find([normal(40, 32, 0)], orthonormal(32, 8, 5), "warm", 0, first=True).outcome == FOUND
     assert waits.count == 1
 
 
-@kills(SOURCE, 'torch.set_float32_matmul_precision("highest")', "pass")
-@kills(SOURCE, "torch.set_float32_matmul_precision(before)", "pass")
+@kills("optim/subspace.py", 'torch.set_float32_matmul_precision("highest")', "pass")
+@kills("optim/subspace.py", "torch.set_float32_matmul_precision(before)", "pass")
 def test_no_tf32(monkeypatch):
     seen, real = [], torch.linalg.cholesky_ex
 
@@ -460,8 +458,8 @@ def test_no_tf32(monkeypatch):
         torch.set_float32_matmul_precision(before)
 
 
-@kills(SOURCE, "total.clamp(min=torch.finfo(torch.float64).tiny)", "total")
-@kills(SOURCE, "_right(gs, q / top)", "_right(gs, q)")
+@kills("optim/subspace.py", "total.clamp(min=torch.finfo(torch.float64).tiny)", "total")
+@kills("optim/subspace.py", "_right(gs, q / top)", "_right(gs, q)")
 @pytest.mark.parametrize("size", [1e-30, 1, 1e34])
 def test_captured_at_any_size(size):
     g, q = normal(30, 24, 0), orthonormal(24, 6, 5)
