@@ -220,15 +220,10 @@ def gradient(kind, m, n, seed):
 KINDS = ["deficient", "decaying", "random", "tiny", "huge"]
 
 
-@kills("optim/subspace.py", "add_(damping * ", "add_(0 * ")
+@kills("optim/subspace.py", "add_(damping)", "add_(0)")
 @kills("optim/subspace.py", "else (r * u, 0, 0)", "else (r * u,)")
 @kills("optim/subspace.py", "inverse = 1 / top", "inverse = top / top")
 @kills("optim/subspace.py", "y += KEEP_OLD *", "y += 0 *")
-@kills(
-    "optim/subspace.py",
-    "x = x / torch.linalg.vector_norm",
-    "x = x * 0 + x / x.abs().amax() if x.numel() else x / torch.linalg.vector_norm",
-)
 @pytest.mark.parametrize("kind", KINDS)
 def test_invariant_50_warm_is_orthonormal_without_falling_back(kind):
     for m, n, r in ((96, 128, 32), (20, 96, 48), (128, 64, 64)):
@@ -240,7 +235,6 @@ def test_invariant_50_warm_is_orthonormal_without_falling_back(kind):
                 assert error(found.q) <= 1e-5
 
 
-@kills("optim/subspace.py", "error <= LIMIT and not any(failed)", "not any(failed)")
 @settings(max_examples=150, deadline=None, derandomize=True)
 @given(st.data())
 def test_invariant_50_any_shape(data):
@@ -270,6 +264,7 @@ def test_invariant_51_row_shards_of_the_reduced_gradient():
     assert (unreduced - want).norm() > 0.3 * want.norm()
 
 
+@kills("optim/subspace.py", "vector_norm(x, dim=0).clamp", "vector_norm(x, dim=1, keepdim=True).clamp")
 @kills("optim/subspace.py", "FIRST_ITERATIONS = 2", "FIRST_ITERATIONS = 1")
 @kills(
     "optim/subspace.py",
@@ -364,6 +359,14 @@ def test_a_failed_factorisation_falls_back_to_householder(calls, monkeypatch):
     torch.testing.assert_close(project(found.q), project(want.q), rtol=0, atol=1e-3)  # KEEP_OLD's mix differs
     assert error(random_basis(32, 8, 0, "cpu", F64)) < 1e-12
     assert find([g[:3]], old, "warm", 0).outcome == FALLBACK  # fewer rows than columns
+
+
+@kills("optim/subspace.py", "error <= LIMIT and not any(failed)", "not any(failed)")
+def test_an_inaccurate_factor_falls_back_to_householder(monkeypatch):
+    real = torch.linalg.cholesky_ex
+    monkeypatch.setattr(torch.linalg, "cholesky_ex", lambda x: (1.001 * real(x)[0], real(x)[1]))
+    found = find([normal(40, 32, 0)], orthonormal(32, 8, 5), "warm", 0)
+    assert found.outcome == FALLBACK and error(found.q) < 1e-12
 
 
 @kills("optim/subspace.py", "except torch.linalg.LinAlgError:", "except KeyError:")
