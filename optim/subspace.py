@@ -1,8 +1,8 @@
-"""Bases: which r directions of a gradient are kept, and how moments move when they change. Functions on tensors.
+"""Bases: which r directions of a gradient are kept, and how moments move when they change.
 
-All is written for the row space. `gs` is a list of gradients (out_i, n) that share one basis Q (n, r) with
-orthonormal columns; their stack G (sum of out_i, n) is never formed by the default finder. For a basis of the
-column space pass [G.t()]. Arithmetic is in fp32 without TF32, in float64 if any input is float64.
+Functions on tensors, written for the row space. `gs` is a list of gradients (out_i, n) that share one basis
+Q (n, r) with orthonormal columns; the default finder never forms their stack G (sum of out_i, n). For a basis
+of the column space pass [G.t()]. Arithmetic is in fp32 without TF32, in float64 if any input is.
 
 Finders of the r leading right singular vectors:
 
@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 
 FOUND, FALLBACK, KEPT = 0, 1, 2
-ITERATIONS = 1  # per refresh, once warm: two fit this batch's noise, and the next batch gains nothing
+ITERATIONS = 1  # per refresh, once warm: a second fits more of this batch's noise, and helps only if G drifts fast
 FIRST_ITERATIONS = 2  # from a random basis: residual energy 1.1 times the smallest possible, 1.3 after one
 OVERSAMPLING = 10  # of the randomized finder
 POWER_ITERATIONS = 2  # of the randomized finder
@@ -36,9 +36,7 @@ ROWS = 1024  # of G are cast at a time
 
 class Found(NamedTuple):
     q: Tensor  # (n, r) fp32 or float64, orthonormal columns
-    outcome: (
-        int  # FOUND, FALLBACK: by Householder QR or not by the finder asked for, KEPT: q is the old basis
-    )
+    outcome: int  # FOUND | FALLBACK: Householder QR, or not the finder asked for | KEPT: q is the old basis
 
 
 @contextmanager
@@ -66,7 +64,7 @@ def gaussian(n: int, k: int, seed: int, device: torch.device | str, dtype: torch
 
 @ieee()
 def random_basis(n: int, r: int, seed: int, device: torch.device | str, dtype: torch.dtype) -> Tensor:
-    """(n, r) orthonormal columns that span a uniformly random subspace, the largest entry of each positive."""
+    """(n, r) orthonormal columns of a uniformly random span, the largest entry of each positive."""
     x = gaussian(n, r, seed, device, dtype)
     infos: list[Tensor] = []
     q = _orthonormal(x, infos)
@@ -91,7 +89,7 @@ def find(gs: list[Tensor], old: Tensor, finder: str, seed: int, first: bool = Fa
     """
     q_old = old.to(_wide(*gs, old))
     top = _largest(gs, q_old.dtype)
-    # Products are formed of G / max|G|, so that no norm overflows or vanishes. The factor goes to the thin side.
+    # Products are of G / max|G|, so that no norm overflows or vanishes; the factor goes to the thin side.
     inverse = 1 / top.clamp(min=torch.finfo(q_old.dtype).tiny)
     iterations = FIRST_ITERATIONS if first else ITERATIONS
     attempts = ["warm", "householder"] if finder == "warm" else [finder, "warm", "householder"]
@@ -136,7 +134,7 @@ def _svd(gs: list[Tensor], old: Tensor, inverse: Tensor) -> Tensor:
 
 
 def _randomized(gs: list[Tensor], old: Tensor, inverse: Tensor, seed: int) -> Tensor:
-    """The columns of a plain range finder are not ordered by energy: the first r need the rotation at the end."""
+    """A range finder's columns are not ordered by energy: its first r need the rotation at the end."""
     (n, r), rows = old.shape, sum(g.shape[0] for g in gs)
     y = _left(gs, gaussian(rows, min(r + OVERSAMPLING, rows, n), seed, old.device, old.dtype) * inverse)
     for _ in range(POWER_ITERATIONS):
@@ -163,7 +161,8 @@ def _complete(v: Tensor, s: Tensor, old: Tensor, size: int) -> Tensor:
 def _orthonormal(x: Tensor, infos: list[Tensor] | None, damped_only: bool = False) -> Tensor:
     """(rows, r) with the span of x; what Cholesky reports is appended to `infos`. None: Householder QR.
 
-    x L^-T by a triangular solve: backward stable for the L of condition 1 / sqrt(r u) that the damping leaves.
+    x L^-T by a triangular solve: at 4096 x 1024, G of rank 400, 0.50 ms on an H100 and an error of 4e-5. With
+    L^-1 formed first it is 0.61 ms and 7e-4.
     """
     r, u = x.shape[1], torch.finfo(x.dtype).eps / 2
     x = x / torch.linalg.vector_norm(x, dim=0).clamp(min=torch.finfo(x.dtype).tiny)
@@ -171,7 +170,7 @@ def _orthonormal(x: Tensor, infos: list[Tensor] | None, damped_only: bool = Fals
         return torch.nn.functional.pad(torch.linalg.qr(x).Q, (0, max(0, r - x.shape[0])))
     for damping in (r * u,) if damped_only else (r * u, 0, 0):
         gram = x.t() @ x
-        gram.diagonal().add_(damping * gram.diagonal().amax())
+        gram.diagonal().add_(damping)  # of columns of norm 1
         factor, info = torch.linalg.cholesky_ex(gram)
         infos.append(info)
         x = torch.linalg.solve_triangular(factor.t(), x, upper=True, left=False)
@@ -179,7 +178,7 @@ def _orthonormal(x: Tensor, infos: list[Tensor] | None, damped_only: bool = Fals
 
 
 def _signs(q: Tensor, old: Tensor | None) -> Tensor:
-    """(r,) of 1 and -1: times them, column j of q has <q_j, old_j> >= 0; without `old`, a positive largest."""
+    """(r,) of 1 and -1: times them, q_j^T old_j >= 0; without `old`, q_j's largest entry is positive."""
     x = q.gather(0, q.abs().argmax(0, keepdim=True))[0] if old is None else (q * old).sum(0)
     return torch.where(x < 0, -1.0, 1.0).to(q.dtype)
 
@@ -199,12 +198,12 @@ def _largest(gs: list[Tensor], dtype: torch.dtype) -> Tensor:
 
 
 def _blocks(g: Tensor, dtype: torch.dtype) -> Iterator[Tensor]:
-    """Rows of g in `dtype`, a few at a time unless they are so already."""
-    return iter([g]) if g.dtype == dtype else (block.to(dtype) for block in g.split(ROWS))
+    """Rows of g, ROWS at a time, in `dtype`: no copy of all of g."""
+    return (block.to(dtype) for block in g.split(ROWS))
 
 
 def _native(g: Tensor, x: Tensor) -> bool:
-    """bf16 operands and an fp32 sum, tensor cores' own product: the basis captures the same energy to 3 digits."""
+    """bf16 operands and an fp32 sum: the basis captures the same energy to 3 digits."""
     return g.is_cuda and g.dtype == torch.bfloat16 and x.dtype == torch.float32
 
 
@@ -231,6 +230,7 @@ def _left(gs: list[Tensor], z: Tensor) -> Tensor:
     return y
 
 
+@ieee()
 def captured(gs: list[Tensor], q: Tensor) -> Tensor:
     """|| G q ||^2 / || G ||^2, 0-dim; 0 for G = 0."""
     q = q.to(_wide(*gs, q))
@@ -258,8 +258,8 @@ def transport(
     policy  keep         as they are (GaLore)
             reset        zeros; the caller sets t = 0
             rotate       m C and v C^2, C^2 elementwise: right for v if the coordinates are uncorrelated
-            rotate_fill  v gets, for the share of a new direction that the old basis lacks, the mean of v over the
-                         old directions: with m and v both near 0 and t large Adam's step grows to 6.6 times lr
+            rotate_fill  what a new direction lacks in the old basis is filled with the mean of v over the old
+                         directions: with m and v near 0 and t large, Adam's step would grow to 6.6 times lr
     """
     assert policy in ("keep", "reset", "rotate", "rotate_fill") and dim in (-1, 0)
     if policy == "keep":
