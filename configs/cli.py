@@ -21,8 +21,6 @@ from omegaconf import OmegaConf, open_dict
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
-from optim.config import OptimConfig
-
 from .groups import FOLDER, GROUPS, group_options
 from .help import help_text
 from .schema import SCHEMAS, Config, ConfigError, blank, elsewhere, register, to_yaml
@@ -208,10 +206,10 @@ def _file_problems(error: Exception, choices: dict[str, str], folder: Path) -> l
         except ConfigError as unreadable:
             found += unreadable.problems
             continue
-        base = values.pop("defaults", [])
+        base = values.pop("defaults", None)
         keyed = values if group == "experiment" else {f"{group}.{k}": v for k, v in values.items()}
-        chosen = [entry["override /optim"] for entry in base if "override /optim" in entry]
-        method = choices.get("optim") or next(iter(chosen), OptimConfig.name)
+        overrides = {k: v for entry in base or () if isinstance(entry, dict) for k, v in entry.items()}
+        method = choices.get("optim") or overrides.get("override /optim")
         cfg = blank(method, folder) if method in group_options("optim", folder) else Config()
         found += [f"{path}: {line}" for line in apply(cfg, keyed, lambda key: elsewhere(key, folder))]
     return found or [f"{folder}: cannot be composed: {show(' '.join(str(error).split()))}"]

@@ -129,10 +129,11 @@ class Decoder(nn.Module):
         x = self.embed_tokens(input_ids)
         cos, sin = rope_tables(input_ids.shape[1], self.head_dim, self.theta, x.device, x.dtype)
         again = self.checkpointed if self.training and torch.is_grad_enabled() else 0
-        for block in self.layers[:again]:  # nothing in a block is random
-            x = checkpoint(block, x, cos, sin, use_reentrant=False, preserve_rng_state=False)
-        for block in self.layers[again:]:
-            x = block(x, cos, sin)
+        for n, block in enumerate(self.layers):
+            if n < again:  # nothing in a block is random
+                x = checkpoint(block, x, cos, sin, use_reentrant=False, preserve_rng_state=False)
+            else:
+                x = block(x, cos, sin)
         return self.norm(x)
 
 

@@ -35,6 +35,8 @@ def attach(
             f"{', '.join(unknown)}: unknown; attach takes {', '.join(OptimConfig.__dataclass_fields__)}"
         ) from None
     problems = cfg.problems()
+    if method != "adamw":
+        problems.append(f"method={method}: not built yet; use adamw")
     if accum_steps < 1:
         problems.append(f"accum_steps={accum_steps}: must be at least 1")
     if (group is None) != (reduce is None) or reduce not in (None, "sum", "mean"):

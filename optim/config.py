@@ -53,9 +53,9 @@ class OptimConfig:
         return self.update or ("after" if self.clip_mode == "exact" else "in_backward")
 
     def problems(self) -> list[str]:
-        """Every value that cannot be meant, a line each: `optim.key=value: reason; way out`. NaN is in no range.
+        """Every value that cannot be meant, one line each: `optim.key=value: reason; way out`.
 
-        `name` is not judged: the list of methods is not kept here.
+        NaN is in no range. `name` is not judged: the list of methods is not kept here.
         """
         found = {}
         for key, (interval, hint) in self.RANGES.items():

@@ -2,8 +2,8 @@
 
     python tests/mutants.py [PART OF A TEST'S NAME ...]
 
-Applies every change to a copy of the source, runs the test beside which it stands (`make mutants`), and prints
-a table. Exit code 1 if a change is no longer found in its file, or survives.
+Applies every change to a copy of the source, runs the test beside which it stands (`make mutants`), and
+prints a table. Exit code 1 if a change is no longer found in its file, or survives.
 """
 
 from __future__ import annotations
