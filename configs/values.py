@@ -8,10 +8,12 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import fields, is_dataclass
 from difflib import get_close_matches
+from functools import cache
 from pathlib import Path
 from types import NoneType
 from typing import Any, get_args, get_type_hints
 
+_hints = cache(get_type_hints)  # slow, and a command line asks for the same few
 MAX_SHOWN = 200  # characters of a value that a message repeats
 
 
@@ -26,7 +28,7 @@ class ConfigError(ValueError):
 def leaves(node: Any, prefix: str = "") -> dict[str, Any]:
     """Key -> type hint of every field below a dataclass instance, in the order of declaration."""
     found: dict[str, Any] = {}
-    hints = get_type_hints(type(node))
+    hints = _hints(type(node))
     for f in fields(node):
         value = getattr(node, f.name)
         if is_dataclass(value):
