@@ -62,6 +62,7 @@ class Run:
         )
         self.held_out = comm.node_first(self.dataset.validation)
         self.model = build_model(cfg.model, comm.device, self.dtype, cfg.seed)
+        self.model.checkpoint_blocks(cfg.activations.checkpoint)
         if cfg.model.init_from and not source:
             pretrained.load_weights(self.model, Path(cfg.model.init_from))
         torch.manual_seed(cfg.seed)  # the first bases of projected methods

@@ -9,6 +9,7 @@ from __future__ import annotations
 import copy
 import re
 import sys
+from dataclasses import replace
 from functools import cache, lru_cache
 from pathlib import Path
 from typing import Any
@@ -20,8 +21,9 @@ from omegaconf import OmegaConf, open_dict
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
-from .help import FOLDER, GROUPS, group_options, help_text
-from .schema import Config, ConfigError, register, to_yaml
+from .groups import FOLDER, GROUPS, group_options
+from .help import help_text
+from .schema import SCHEMAS, Config, ConfigError, blank, elsewhere, register, to_yaml
 from .values import apply, convert, get, leaves, nearest, put, read_yaml, show
 
 __all__ = ["answer", "help_text", "parse"]
@@ -38,7 +40,7 @@ def parse(argv: list[str], folder: Path = FOLDER) -> Config:
     failed: set[str] = set()
     choices: dict[str, str] = {}
     values: dict[str, tuple[Any, str]] = {}
-    known = [*GROUPS, *leaves(Config())]
+    known = [*GROUPS, *dict.fromkeys(key for cfg in _methods() for key in leaves(cfg))]
     seen: dict[str, str] = {}
     for arg in argv:
         try:
@@ -58,28 +60,46 @@ def parse(argv: list[str], folder: Path = FOLDER) -> Config:
         cfg, names = _compose(tuple(sorted(choices.items())), folder)
     except ConfigError as error:
         raise ConfigError(problems + error.problems) from None
-    cfg = copy.deepcopy(cfg)
-    hints = leaves(cfg)
-    for key, (value, typed) in values.items():
-        try:
-            put(cfg, key, convert(_as_text(value, hints[key], typed), hints[key]))
-        except ValueError as error:
-            problems.append(f"{key}={show(typed)}: {error}")
-            failed.add(key)
-    texts = {key: typed for key, (_, typed) in values.items()}
-    problems += [_as_typed(line, cfg, texts) for line in cfg.check() if not _blind(line, failed, set(texts))]
-    if problems:
-        raise ConfigError(list(dict.fromkeys(problems)))
+    if "optim" in failed:  # the method that was meant is the one that takes most of what was typed
+        tries = [_fill(replace(cfg, optim=other.optim), values, failed, folder) for other in _methods()]
+        cfg, found = min(tries, key=lambda t: (len(set(values) - set(leaves(t[0]))), len(t[1])))
+    else:
+        cfg, found = _fill(cfg, values, failed, folder)
+    if problems + found:
+        raise ConfigError(list(dict.fromkeys(problems + found)))
     if cfg.run.name is None:
         cfg.run.name = f"{names['model']}_{cfg.optim.name}_{cfg.seed}"
     return cfg
 
 
+def _methods() -> list[Config]:
+    """The defaults with each of the schemas that `optim` may have."""
+    return [Config(optim=kind()) for kind in SCHEMAS["optim"].values()]
+
+
+def _fill(
+    cfg: Config, values: dict[str, tuple[Any, str]], failed: set[str], folder: Path
+) -> tuple[Config, list[str]]:
+    """A copy of `cfg` with `values`, key -> (value, as typed), and a line for each that is no good in it."""
+    cfg, failed, problems = copy.deepcopy(cfg), set(failed), []
+    hints = leaves(cfg)
+    for key, (value, typed) in values.items():
+        try:
+            if key not in hints:
+                raise ValueError(elsewhere(key, folder))
+            put(cfg, key, convert(_as_text(value, hints[key], typed), hints[key]))
+        except ValueError as error:
+            problems.append(f"{key}={show(typed)}: {error}")
+            failed.add(key)
+    texts = {key: typed for key, (_, typed) in values.items() if key in hints}
+    problems += [_as_typed(line, cfg, texts) for line in cfg.check() if not _blind(line, failed, set(texts))]
+    return cfg, problems
+
+
 def _blind(line: str, failed: set[str], typed: set[str]) -> bool:
     """Whether a check judged what nobody asked for, because the value or option asked for was no good."""
-    key = line.partition("=")[0]
-    of_failed_group = key.split(".")[0] in failed and key not in typed
-    return of_failed_group or any(re.search(rf"(?<![\w.]){re.escape(k)}=", line) for k in failed if k)
+    named = re.findall(r"(?<![\w.])([a-z][\w.]*)=", line)
+    return any(key in failed or key.split(".")[0] in failed and key not in typed for key in named)
 
 
 def _read(arg: str, known: list[str], folder: Path) -> tuple[str, Any]:
@@ -186,9 +206,12 @@ def _file_problems(error: Exception, choices: dict[str, str], folder: Path) -> l
         except ConfigError as unreadable:
             found += unreadable.problems
             continue
-        values = {k: v for k, v in values.items() if k != "defaults"}
+        base = values.pop("defaults", None)
         keyed = values if group == "experiment" else {f"{group}.{k}": v for k, v in values.items()}
-        found += [f"{path}: {line}" for line in apply(Config(), keyed)]
+        overrides = {k: v for entry in base or () if isinstance(entry, dict) for k, v in entry.items()}
+        method = choices.get("optim") or overrides.get("override /optim")
+        cfg = blank(method, folder) if method in group_options("optim", folder) else Config()
+        found += [f"{path}: {line}" for line in apply(cfg, keyed, lambda key: elsewhere(key, folder))]
     return found or [f"{folder}: cannot be composed: {show(' '.join(str(error).split()))}"]
 
 

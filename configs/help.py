@@ -2,20 +2,12 @@
 
 from __future__ import annotations
 
-import re
 import textwrap
-from pathlib import Path
+from typing import Any
 
-from .schema import Config
+from .groups import GROUPS, group_options
+from .schema import Config, blank, methods
 from .values import get, leaves
-
-FOLDER = Path(__file__).parent
-GROUPS = {
-    "model": "size and shapes",
-    "optim": "optimizer",
-    "data": "text to learn from",
-    "experiment": "recipe: selects groups and sizes",
-}
 
 HEAD = """\
 subspan pre-trains LLaMA models on text, on one card, many, or a CPU.
@@ -60,11 +52,28 @@ PHRASES = {
     "optim.eps": "added to the denominator",
     "optim.decay": "weight decay, matrices only",
     "optim.clip": "gradient norm; 0: off",
-    "optim.moments": "fp32 or bf16",
+    "optim.clip_mode": "exact, two_pass (two backwards) or off",
+    "optim.update": "in_backward or after; null: by clip_mode",
+    "optim.moments": "fp32, bf16 or int8",
+    "optim.embed_moments": "fp32: of embedding and head; null: alike",
     "optim.schedule": "cosine, linear or constant",
     "optim.warmup": "share of steps",
     "optim.min_lr_ratio": "last lr / highest lr",
     "model.init_from": "start from a Hugging Face folder",
+    "activations.checkpoint": "share of blocks computed again in backward",
+}
+# Likewise for keys that only projected methods have, or with another default.
+PROJECTED = {
+    "optim.scale": "as above",
+    "optim.clip_mode": "projected, per_layer or off",
+    "optim.rank": "null: by model size",
+    "optim.refresh_every": "steps between bases; null: by model size",
+    "optim.refresh": "staggered or together",
+    "optim.finder": "of a basis: warm, svd or randomized",
+    "optim.side": "input, output, paper, long or both",
+    "optim.share": "one basis for weights with the same input",
+    "optim.transport": "of moments: keep, reset, rotate, rotate_fill",
+    "optim.basis_dtype": "bf16 or fp32; null: as weights",
 }
 
 TAIL = """\
@@ -72,38 +81,35 @@ Exit codes: 0 done or saved on a signal, 2 bad configuration,
             3 training stopped (non-finite, limits), 4 out of memory"""
 
 
-def group_options(group: str, folder: Path = FOLDER) -> list[str]:
-    """Names that `group=NAME` takes: the files of its folder, models by size."""
-
-    def size(name: str) -> tuple[float, str]:
-        found = re.search(r"_(\d+)([mb])$", name)
-        return (float(found[1]) * (1000 if found[2] == "b" else 1) if found else 0.0, name)
-
-    return sorted((path.stem for path in (folder / group).glob("*.yaml")), key=size)
-
-
 def help_text() -> str:
-    """The whole text, about 60 lines."""
+    """The whole text, about 80 lines."""
     cfg = Config()
     lines = [HEAD, "Groups, chosen with GROUP=OPTION (first the default):"]
-    defaults = {"model": "llama_60m", "optim": "adamw", "data": "c4"}
+    defaults = {"model": "llama_60m", "optim": "adamw", "data": "c4", "activations": "plain"}
     for group in GROUPS:
         options = sorted(group_options(group), key=lambda name: name != defaults.get(group))
         lines += textwrap.wrap(
             f"  {group:<11} {', '.join(options)}", 80, subsequent_indent=" " * 14, break_on_hyphens=False
         )
     lines += ["", "Keys, set with KEY=VALUE:"]
-    shapes = []
-    for key in sorted(leaves(cfg), key=lambda k: ("." in k, 0)):
-        if key in ("optim.name", "data.name"):  # chosen with the group
-            continue
-        value = get(cfg, key)
-        text = "null" if value is None else str(value).lower() if isinstance(value, bool) else f"{value}"
-        if key in PHRASES:
-            lines.append(f"  {key + '=' + text:<26} {PHRASES[key]}")
-        elif key.startswith("model."):
-            shapes.append(f"{key}={text}")
+    lines += [
+        line(cfg, key, PHRASES) for key in sorted(leaves(cfg), key=lambda k: "." in k) if key in PHRASES
+    ]
+    shapes = [setting(cfg, key) for key in leaves(cfg) if key.startswith("model.") and key not in PHRASES]
     lines += textwrap.wrap(
         "  shapes: " + " ".join(shapes), 80, subsequent_indent=" " * 4, break_on_hyphens=False
     )
+    names = methods("projected")
+    cfg = blank(names[0])
+    lines += ["", f"Keys and defaults of projected methods ({', '.join(names)}):"]
+    lines += [line(cfg, key, PROJECTED) for key in leaves(cfg) if key in PROJECTED]
     return "\n".join([*lines, "", TAIL])
+
+
+def setting(cfg: Config, key: str) -> str:
+    value: Any = get(cfg, key)
+    return f"{key}={'null' if value is None else str(value).lower() if isinstance(value, bool) else value}"
+
+
+def line(cfg: Config, key: str, phrases: dict[str, str]) -> str:
+    return f"  {setting(cfg, key):<26} {phrases[key]}"

@@ -21,7 +21,11 @@ MAY_CHANGE = (
     "optim.warmup",
     "optim.schedule",
     "optim.min_lr_ratio",
-    "optim.clip",
+    "optim.clip",  # and clip_mode
+    "optim.update",
+    "optim.refresh_every",
+    "optim.finder",
+    "activations.checkpoint",
 )
 
 
@@ -30,8 +34,8 @@ def differences(before: dict[str, Any], now: dict[str, Any], prefix: str = "") -
     found = []
     for key in sorted({*before, *now}):
         a, b = before.get(key), now.get(key)
-        if isinstance(a, dict) and isinstance(b, dict):
-            found += differences(a, b, f"{prefix}{key}.")
+        if a != b and isinstance(a, dict | None) and isinstance(b, dict | None):  # None: not there at all
+            found += differences(a or {}, b or {}, f"{prefix}{key}.")
         elif a != b:
             found.append(f"{prefix}{key}={b}: was {a}")
     return found

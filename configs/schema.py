@@ -6,23 +6,31 @@ Group files under this folder give values; the dataclasses give keys, types and 
 from __future__ import annotations
 
 import copy
+import math
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 from data.config import DataConfig
-from llama.config import ModelConfig, num_params
-from optim.config import OptimConfig, default_lr
+from llama.config import ActivationsConfig, ModelConfig, num_block_params, num_params
+from optim.config import (
+    OptimConfig,
+    ProjectedConfig,
+    default_lr,
+    default_rank,
+    default_refresh_every,
+    either,
+)
 
-from .values import ConfigError, apply, read_yaml
-
-__all__ = ["Config", "ConfigError", "RunConfig", "SCHEMAS", "from_yaml", "register", "to_yaml"]
+from .groups import FOLDER, group_options, group_schema
+from .values import ConfigError, apply, leaves, read_yaml, show
 
 # Group -> schema name -> dataclass. A group file opens with `defaults: [/schema/<group>/<name>@_here_]`.
 SCHEMAS: dict[str, dict[str, type]] = {
     "model": {"llama": ModelConfig},
-    "optim": {"adamw": OptimConfig},
+    "optim": {"adamw": OptimConfig, "projected": ProjectedConfig},
     "data": {"text": DataConfig},
+    "activations": {"activations": ActivationsConfig},
 }
 CHOICES = {"weights": ("bf16", "fp32"), "dist": ("replicate",), "compile": ("auto", "off")}
 SINKS = ("none", "wandb", "tensorboard")
@@ -52,6 +60,7 @@ class Config:
     model: ModelConfig = field(default_factory=ModelConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
     data: DataConfig = field(default_factory=DataConfig)
+    activations: ActivationsConfig = field(default_factory=ActivationsConfig)
     run: RunConfig = field(default_factory=RunConfig)
     steps: int | None = None  # None: by model size
     tokens_per_step: int = 131072  # token positions over all ranks and micro-batches
@@ -84,7 +93,7 @@ class Config:
             if value not in names and not (value is None and key == "weights"):
                 found.append(f"{key}={value}: no such choice; choose {' or '.join(names)}")
         found += self._log_problems() + self._run_problems()
-        for group in ("model", "optim", "data"):
+        for group in SCHEMAS:
             found += getattr(self, group).problems()
         return found
 
@@ -116,11 +125,18 @@ class Config:
 
     def combinations(self) -> list[str]:
         """Pairs of values that are fine alone and impossible together."""
+        found = []
+        share, layers = self.activations.checkpoint, self.model.num_hidden_layers
+        if share and not round(share * layers) and not self.model.init_from:
+            found.append(
+                f"activations.checkpoint={share}: less than one block with model.num_hidden_layers={layers}; "
+                f"give {math.ceil(1000 / layers) / 1000} or more, or 0"
+            )
         try:
             self.accumulation(1)
         except ConfigError as error:
-            return error.problems
-        return []
+            found += error.problems
+        return found
 
     def accumulation(self, world: int) -> int:
         """Micro-batches per optimizer step on each of `world` ranks.
@@ -141,13 +157,18 @@ class Config:
         )
 
     def resolved(self) -> Config:
-        """A copy with the nulls that depend on the model filled: steps, optim.lr, run.name."""
+        """A copy with the nulls that depend on the model filled: steps, run.name, optim's."""
         cfg = copy.deepcopy(self)
         size = num_params(cfg.model)
         if cfg.steps is None:
             cfg.steps = next(steps for limit, steps in STEPS if size <= limit)
         if cfg.optim.lr is None:
-            cfg.optim.lr = default_lr(size)
+            cfg.optim.lr = default_lr(size, isinstance(cfg.optim, ProjectedConfig))
+        if isinstance(cfg.optim, ProjectedConfig):
+            if cfg.optim.rank is None:
+                cfg.optim.rank = default_rank(num_block_params(cfg.model), cfg.model.hidden_size)
+            if cfg.optim.refresh_every is None:
+                cfg.optim.refresh_every = default_refresh_every(size)
         if cfg.run.name is None:
             cfg.run.name = f"llama_{size / 1e6:.0f}m_{cfg.optim.name}_{cfg.seed}"
         return cfg
@@ -164,6 +185,28 @@ def register() -> None:
             store.store(group=f"schema/{group}", name=name, node=kind)
 
 
+def methods(schema: str, folder: Path = FOLDER) -> list[str]:
+    """The options of `optim` that fill this schema."""
+    return [name for name in group_options("optim", folder) if group_schema("optim", name, folder) == schema]
+
+
+def blank(method: str, folder: Path = FOLDER) -> Config:
+    """The dataclasses' defaults, `optim` with this method's keys. Raises ConfigError if there is none."""
+    options = group_options("optim", folder)
+    if method not in options:
+        raise ConfigError([f"optim.name={show(method)}: no such method; choose {either(options)}"])
+    kind = SCHEMAS["optim"].get(group_schema("optim", method, folder), OptimConfig)
+    return Config(optim=kind(name=method))
+
+
+def elsewhere(key: str, folder: Path = FOLDER) -> str:
+    """Reason and way out for a key that only methods of another schema have; empty if none has it."""
+    for schema, kind in SCHEMAS["optim"].items():
+        if key in leaves(kind(), "optim."):
+            return f"belongs to {schema} methods; choose optim={either(methods(schema, folder))}"
+    return ""
+
+
 def to_yaml(cfg: Config) -> str:
     """The configuration as YAML text; `from_yaml` gives back an equal one."""
     from omegaconf import OmegaConf
@@ -171,16 +214,20 @@ def to_yaml(cfg: Config) -> str:
     return OmegaConf.to_yaml(OmegaConf.create(asdict(cfg)))
 
 
-def from_yaml(path: str | Path) -> Config:
+def from_yaml(path: str | Path, folder: Path = FOLDER) -> Config:
     """The configuration of a run folder's config.yaml. Keys it lacks take their defaults.
 
     Raises ConfigError with one line per unknown key or bad value, each naming the file.
     """
     values = read_yaml(Path(path))
-    cfg = Config()
-    cfg.optim = SCHEMAS["optim"].get(str(values.get("optim.name")), OptimConfig)()
-    # The folder that the run started from may be gone by now, and nothing reads it again.
-    found = apply(cfg, values) or [x for x in cfg.check() if not x.startswith("model.init_from=")]
+    try:
+        cfg = blank(str(values.get("optim.name", OptimConfig.name)), folder)
+        # The folder that the run started from may be gone by now, and nothing reads it again.
+        found = apply(cfg, values, lambda key: elsewhere(key, folder)) or [
+            line for line in cfg.check() if not line.startswith("model.init_from=")
+        ]
+    except ConfigError as error:
+        found = error.problems
     if found:
         raise ConfigError([f"{path}: {line}" for line in found])
     return cfg

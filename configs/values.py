@@ -5,12 +5,15 @@ A key is a dotted path to a field of the nested dataclasses, `optim.lr`.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import fields, is_dataclass
 from difflib import get_close_matches
+from functools import cache
 from pathlib import Path
 from types import NoneType
 from typing import Any, get_args, get_type_hints
 
+_hints = cache(get_type_hints)  # slow, and a command line asks for the same few
 MAX_SHOWN = 200  # characters of a value that a message repeats
 
 
@@ -25,7 +28,7 @@ class ConfigError(ValueError):
 def leaves(node: Any, prefix: str = "") -> dict[str, Any]:
     """Key -> type hint of every field below a dataclass instance, in the order of declaration."""
     found: dict[str, Any] = {}
-    hints = get_type_hints(type(node))
+    hints = _hints(type(node))
     for f in fields(node):
         value = getattr(node, f.name)
         if is_dataclass(value):
@@ -135,14 +138,16 @@ def _flat(tree: dict[Any, Any], prefix: str = "") -> dict[str, Any]:
     return flat
 
 
-def apply(cfg: Any, values: dict[str, Any]) -> list[str]:
-    """Put key -> value into `cfg`, one by one; returns a line for each unknown key or wrong type."""
+def apply(cfg: Any, values: dict[str, Any], elsewhere: Callable[[str], str]) -> list[str]:
+    """Put key -> value into `cfg`, one by one; returns a line for each unknown key or wrong type.
+
+    `elsewhere` may say more than "no such key" about a key that `cfg` lacks.
+    """
     known, found = leaves(cfg), []
     for key, value in values.items():
         if key not in known:
-            found.append(
-                f"{show(key)}={show(value)}: no such key; {nearest(key, list(known)) or 'see --help'}"
-            )
+            reason = elsewhere(key) or f"no such key; {nearest(key, list(known)) or 'see --help'}"
+            found.append(f"{show(key)}={show(value)}: {reason}")
             continue
         try:
             put(cfg, key, convert(value, known[key]))

@@ -1,4 +1,7 @@
-"""Shape of a LLaMA model. No torch here: `--help` and the checks of a command line read this file."""
+"""Shape of a LLaMA model, and what its backward keeps.
+
+No torch here: `--help` and the checks of a command line read this file.
+"""
 
 from __future__ import annotations
 
@@ -73,6 +76,19 @@ class ModelConfig:
         return found
 
 
+@dataclass
+class ActivationsConfig:
+    checkpoint: float = 0.0  # share of blocks, the first ones, that are computed again in backward
+
+    def problems(self) -> list[str]:
+        if 0 <= self.checkpoint <= 1:
+            return []
+        return [
+            f"activations.checkpoint={self.checkpoint}: outside [0, 1]; "
+            "it is a share of blocks, 0 keeps every activation"
+        ]
+
+
 # key: lowest, highest, what to do. The upper ends are far beyond any published LLaMA (405B: hidden 16384,
 # 126 layers, vocabulary 128256); they catch a slipped digit before anything is allocated.
 RANGES: dict[str, tuple[float, float, str]] = {
@@ -101,11 +117,16 @@ def block_params(cfg: ModelConfig) -> int:
     return cfg.hidden_size * (2 * cfg.hidden_size + 2 * kv_width + 3 * cfg.intermediate_size)
 
 
+def num_block_params(cfg: ModelConfig) -> int:
+    """Parameters in the matrices of all blocks."""
+    return cfg.num_hidden_layers * block_params(cfg)
+
+
 def num_params(cfg: ModelConfig) -> int:
     """Exact number of parameters; L(4h^2 + 3hi) + 2Vh + (2L + 1)h when untied and without grouped queries."""
     ends = cfg.vocab_size * cfg.hidden_size * (1 if cfg.tie_word_embeddings else 2)
     gains = (2 * cfg.num_hidden_layers + 1) * cfg.hidden_size
-    return cfg.num_hidden_layers * block_params(cfg) + ends + gains
+    return num_block_params(cfg) + ends + gains
 
 
 def flops_per_token(cfg: ModelConfig, seq_len: int) -> float:
@@ -115,5 +136,5 @@ def flops_per_token(cfg: ModelConfig, seq_len: int) -> float:
     attention: 12 L h S for full scores, of which the causal half, 6 L h S, is needed and counted.
     Recomputation is not counted.
     """
-    matmul = cfg.num_hidden_layers * block_params(cfg) + cfg.vocab_size * cfg.hidden_size
+    matmul = num_block_params(cfg) + cfg.vocab_size * cfg.hidden_size
     return 6.0 * matmul + 6.0 * cfg.num_hidden_layers * cfg.hidden_size * seq_len

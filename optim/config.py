@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
-
-NAMES = ("adamw",)
-MOMENTS = ("fp32", "bf16")
-SCHEDULES = ("cosine", "linear", "constant")
+from typing import ClassVar
 
 
 @dataclass
 class OptimConfig:
+    """Dense methods."""
+
     name: str = "adamw"
     lr: float | None = None  # embeddings, head, gains; None: by model size
     scale: float = 1.0  # the matrices in blocks run at lr * scale
@@ -19,79 +19,163 @@ class OptimConfig:
     eps: float = 1e-8
     decay: float = 0.0  # decoupled; never on gains and embeddings
     clip: float = 0.0  # global gradient norm; 0: off
-    moments: str = "fp32"  # fp32 | bf16
-    clip_mode: str = "exact"
-    update: str | None = None
-    embed_moments: str | None = None
+    clip_mode: str = "exact"  # exact | two_pass (a backward for the norm, another to update) | off
+    update: str | None = None  # in_backward | after; None: see update_resolved
+    moments: str = "fp32"  # fp32 | bf16 | int8 (8 bits, a scale for each block of 256)
+    embed_moments: str | None = None  # fp32: those of embedding and head; None: as moments
     schedule: str = "cosine"  # cosine | linear | constant
     warmup: float = 0.1  # share of steps
     min_lr_ratio: float = 0.1
 
+    CHOICES: ClassVar[dict[str, tuple[str, ...]]] = {
+        "clip_mode": ("exact", "two_pass", "off"),
+        "update": ("in_backward", "after"),
+        "moments": ("fp32", "bf16", "int8"),
+        "embed_moments": ("fp32",),
+        "schedule": ("cosine", "linear", "constant"),
+    }
+    # key: interval, what to do
+    RANGES: ClassVar[dict[str, tuple[str, str]]] = {
+        "lr": ("(0, 10]", "null takes the model size's, 1e-3 is usual"),
+        "scale": ("(0, 100]", "1 runs the matrices at lr itself"),
+        "beta1": ("[0, 1)", "0.9 is usual"),
+        "beta2": ("[0, 1)", "0.999 or 0.95 are usual"),
+        "eps": ("(0, 1]", "1e-8 is usual"),
+        "decay": ("[0, 1]", "0 switches decay off, 0.1 is usual"),
+        "clip": ("[0, 1e6]", "0 switches clipping off, 1 is usual"),
+        "warmup": ("[0, 1]", "it is a share of steps, 0.1 is usual"),
+        "min_lr_ratio": ("[0, 1]", "it is a share of lr, 0.1 is usual"),
+    }
+
     @property
-    def updates_in_backward(self):
-        return self.update == "in_backward" or (self.update is None and self.clip_mode != "exact")
+    def update_resolved(self) -> str:
+        """in_backward: a weight changes as soon as its gradient is complete; after: all in step()."""
+        return self.update or ("after" if self.clip_mode == "exact" else "in_backward")
 
     def problems(self) -> list[str]:
-        """Every value out of range, one line each: `optim.key=value: reason; way out`. NaN is in no range."""
-        found = []
+        """Every value that cannot be meant, one line each: `optim.key=value: reason; way out`.
 
-        def need(ok: bool, key: str, reason: str, way_out: str) -> None:
-            if not ok:
-                found.append(f"optim.{key}={getattr(self, key)}: {reason}; {way_out}")
+        NaN is in no range. `name` is not judged: the list of methods is not kept here.
+        """
+        found = {}
+        for key, (interval, hint) in self.RANGES.items():
+            if not self._is_default_null(key) and not inside(getattr(self, key), interval):
+                found[key] = f"outside {interval}; {hint}"
+        for key, names in self.CHOICES.items():
+            if not self._is_default_null(key) and getattr(self, key) not in names:
+                null = ("null",) if getattr(type(self), key) is None else ()
+                found[key] = f"no such choice; choose {either((*names, *null))}"
+        for key, others, text in self._clashes():
+            if not {key, *others} & set(found):
+                found[key] = text
+        return [f"optim.{key}={getattr(self, key)}: {text}" for key, text in found.items()]
 
-        def one_of(key: str, names: tuple[str, ...]) -> None:
-            need(getattr(self, key) in names, key, "no such choice", f"choose {' or '.join(names)}")
+    def _is_default_null(self, key: str) -> bool:
+        return getattr(self, key) is None and getattr(type(self), key) is None
 
-        need(
-            self.lr is None or 0 < self.lr <= 10,
-            "lr",
-            "outside (0, 10]",
-            "null takes the model size's, 1e-3 is usual",
-        )
-        need(0 < self.scale <= 100, "scale", "outside (0, 100]", "1 runs the matrices at lr itself")
-        need(0 <= self.beta1 < 1, "beta1", "outside [0, 1)", "0.9 is usual")
-        need(0 <= self.beta2 < 1, "beta2", "outside [0, 1)", "0.999 or 0.95 are usual")
-        need(0 < self.eps <= 1, "eps", "outside (0, 1]", "1e-8 is usual")
-        need(0 <= self.decay <= 1, "decay", "outside [0, 1]", "0 switches decay off, 0.1 is usual")
-        need(0 <= self.clip <= 1e6, "clip", "outside [0, 1e6]", "0 switches clipping off, 1 is usual")
-        one_of("moments", MOMENTS)
-        one_of("schedule", SCHEDULES)
-        need(0 <= self.warmup <= 1, "warmup", "outside [0, 1]", "it is a share of steps, 0.1 is usual")
-        need(
-            0 <= self.min_lr_ratio <= 1, "min_lr_ratio", "outside [0, 1]", "it is a share of lr, 0.1 is usual"
-        )
-        if self.schedule == "constant":
-            need(
-                self.min_lr_ratio == OptimConfig.min_lr_ratio or not 0 <= self.min_lr_ratio <= 1,
-                "min_lr_ratio",
-                "would be ignored with optim.schedule=constant",
-                "leave it out or choose cosine or linear",
+    def _clashes(self) -> list[tuple[str, tuple[str, ...], str]]:
+        """Values that are fine alone and not together: (key, the other keys, reason and way out)."""
+        clipping, mode = self.clip != 0, self.clip_mode
+        found: list[tuple[str, tuple[str, ...], str]] = []
+        if clipping and mode == "off":
+            usable = either([name for name in self.CHOICES["clip_mode"] if name != "off"])
+            way_out = f"set optim.clip=0 or choose {usable}"
+            found.append(("clip", ("clip_mode",), f"would be ignored with optim.clip_mode=off; {way_out}"))
+        if not clipping and mode not in ("off", type(self).clip_mode):
+            reason = (
+                "would run every backward twice for nothing" if mode == "two_pass" else "would be ignored"
             )
+            text = f"{reason} with optim.clip=0; set optim.clip, 1 is usual, or leave it out"
+            found.append(("clip_mode", ("clip",), text))
+        if mode == "two_pass" and self.update == "after":
+            text = "optim.clip_mode=two_pass updates in its second backward; leave it out or choose exact"
+            found.append(("update", ("clip_mode",), text))
+        if clipping and mode == "exact" and self.update == "in_backward":
+            reason = (
+                f"optim.clip={self.clip} with optim.clip_mode=exact needs all gradients before any update"
+            )
+            way_out = "set optim.update=after or optim.clip_mode=two_pass"
+            found.append(("update", ("clip", "clip_mode"), f"{reason}; {way_out}"))
+        if self.moments == self.embed_moments == "fp32":
+            text = "would change nothing with optim.moments=fp32; leave it out or choose bf16 or int8 there"
+            found.append(("embed_moments", ("moments",), text))
+        if self.schedule == "constant" and self.min_lr_ratio != OptimConfig.min_lr_ratio:
+            reason = "would be ignored with optim.schedule=constant"
+            text = f"{reason}; leave it out or choose cosine or linear"
+            found.append(("min_lr_ratio", ("schedule",), text))
         return found
-
-
-def default_lr(numbers: int, projected=False) -> float:
-    """Peak lr of dense methods for a model of so many parameters."""
-    return 1e-3 if numbers < 1_000_000_000 else 5e-4
 
 
 @dataclass
 class ProjectedConfig(OptimConfig):
+    """Methods that keep the gradients of matrices in blocks in a basis of low rank."""
+
     scale: float = 0.25
-    clip_mode: str = "global_estimated"
-    rank: int | None = None
-    refresh_every: int | None = None
-    refresh: str = "staggered"
-    finder: str = "warm"
-    side: str = "input"
-    share: bool = True
-    transport: str = "auto"
-    basis_dtype: str | None = None
+    clip_mode: str = "global_estimated"  # global_estimated | projected | per_layer | off
+    rank: int | None = None  # None: by model size
+    refresh_every: int | None = None  # steps between two bases of a matrix; None: by model size
+    refresh: str = "staggered"  # staggered | together
+    finder: str = "warm"  # warm | svd | randomized
+    side: str = "input"  # input | output | paper | long | both
+    share: bool = True  # one basis for weights with the same input; output bases are never shared
+    transport: str = "auto"  # of moments into a new basis: auto | keep | reset | rotate | rotate_fill
+    basis_dtype: str | None = None  # bf16 | fp32; None: the weights'
+
+    CHOICES: ClassVar[dict[str, tuple[str, ...]]] = OptimConfig.CHOICES | {
+        "clip_mode": ("global_estimated", "projected", "per_layer", "off"),
+        "refresh": ("staggered", "together"),
+        "finder": ("warm", "svd", "randomized"),
+        "side": ("input", "output", "paper", "long", "both"),
+        "transport": ("auto", "keep", "reset", "rotate", "rotate_fill"),
+        "basis_dtype": ("bf16", "fp32"),
+    }
+    RANGES: ClassVar[dict[str, tuple[str, str]]] = OptimConfig.RANGES | {
+        "rank": ("[1, 65536]", "null takes the model size's, a quarter of the width is usual"),
+        "refresh_every": ("[1, 1e6]", "null takes the model size's, 200 is usual"),
+    }
 
 
-def default_rank(n, h):
-    return h // 4
+def inside(value: float, interval: str) -> bool:
+    """Whether value is in an interval written like (0, 10]."""
+    low, high = map(float, interval[1:-1].split(", "))
+    return low <= value <= high and not (
+        value == low and interval[0] == "(" or value == high and interval[-1] == ")"
+    )
 
 
-def default_refresh_every(n):
-    return 200
+def either(names: Sequence[str]) -> str:
+    """a, b or c."""
+    return " or ".join([", ".join(names[:-1]), names[-1]] if len(names) > 1 else names)
+
+
+def default_lr(numbers: int, projected: bool = False) -> float:
+    """Peak lr for a model of so many parameters."""
+    if projected:
+        return 0.01 if numbers < 3_000_000_000 else 0.005
+    return 1e-3 if numbers < 1_000_000_000 else 5e-4
+
+
+# Numbers in the matrices of blocks -> rank: the published sizes 60M, 130M, 350M, 1B and 7B.
+RANKS = {
+    25_296_896: 128,
+    84_934_656: 256,
+    302_383_104: 256,
+    1_207_910_400: 512,
+    6_476_005_376: 1024,
+}
+
+
+def default_rank(block_numbers: int, hidden: int) -> int:
+    """Rank for a model with so many numbers in the matrices of its blocks.
+
+    Other sizes than RANKS': a quarter of the width, above 60M's rounded up to a multiple of 64.
+    """
+    if block_numbers in RANKS:
+        return RANKS[block_numbers]
+    quarter = max(1, hidden // 4)
+    return quarter if block_numbers <= min(RANKS) else -(-quarter // 64) * 64
+
+
+def default_refresh_every(numbers: int) -> int:
+    """Steps between two bases of a matrix for a model of so many parameters."""
+    return 200 if numbers < 3_000_000_000 else 500

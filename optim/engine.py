@@ -104,7 +104,7 @@ class Engine(torch.optim.Optimizer):
         super().__init__(list(groups.values()), {"lr": lr})
         self.root, self.units, self.bases, self.cfg, self.reduce = root, units, bases, cfg, reduce
         self.accum_steps, self.every, self.seed, self._warmup = accum_steps, every, seed, 0
-        self.in_backward = cfg.updates_in_backward
+        self.in_backward = cfg.update_resolved == "in_backward"
         self.passes = 2 if cfg.clip_mode == "two_pass" else 1
         self.updates = 0  # steps done
         self.stats: dict[str, Tensor | float] = {}

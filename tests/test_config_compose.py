@@ -12,9 +12,21 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from configs.cli import answer, main, parse
-from configs.help import FOLDER, GROUPS, group_options, help_text
-from configs.schema import Config, ConfigError, from_yaml, to_yaml
-from configs.values import get, leaves
+from configs.groups import FOLDER, GROUPS, group_options
+from configs.help import help_text
+from configs.resume import MAY_CHANGE, differences
+from configs.schema import Config, ConfigError, from_yaml, methods, to_yaml
+from configs.values import get, leaves, put
+from llama.config import num_block_params, num_params
+from optim.config import (
+    OptimConfig,
+    ProjectedConfig,
+    default_lr,
+    default_rank,
+    default_refresh_every,
+    either,
+    inside,
+)
 
 ROOT = Path(__file__).parents[1]
 
@@ -52,7 +64,7 @@ def test_every_group_file_composes() -> None:
             needs = {"local": files, "tokens": files[:1]}.get(option, [])
             cfg = parse([f"{group}={option}", *needs])
             taken = (cfg.run.name or "").rsplit("_", 2)[0]
-            assert group == "experiment" or option in (cfg.optim.name, cfg.data.name, taken)
+            assert group in ("experiment", "activations") or option in (cfg.optim.name, cfg.data.name, taken)
     cfg = parse(["model=llama_9m", "data=c4", "experiment=quickstart"])
     assert (cfg.run.name, cfg.data.name) == ("llama_9m_adamw_0", "c4"), (
         "the command line's choice beats the recipe's"
@@ -183,6 +195,155 @@ def test_values_keep_what_was_typed() -> None:
     assert parse(["optim.lr=1"]).optim.lr == 1.0 and isinstance(parse(["optim.lr=1"]).optim.lr, float)
 
 
+def test_methods_are_the_group_files() -> None:
+    assert methods("adamw") == ["adamw", "adamw_8bit"]
+    assert methods("projected") == ["galore", "galore_8bit", "galore_sgd"]
+    for name in group_options("optim"):
+        cfg = parse([f"optim={name}"])
+        assert cfg.optim.name == name and cfg.optim.moments == ("int8" if "8bit" in name else "fp32")
+        assert isinstance(cfg.optim, ProjectedConfig) == name.startswith("galore")
+        assert cfg.run.name == f"llama_60m_{name}_0"
+        assert cfg.check() == []
+    scales = [parse([f"optim={name}"]).optim.scale for name in ("adamw", "galore", "galore_sgd")]
+    assert scales == [1.0, 0.25, 50.0]
+
+
+def test_keys_of_projected_methods() -> None:
+    galore = parse(["optim=galore", "optim.rank=64", "optim.share=false", "optim.finder=svd"]).optim
+    assert (galore.rank, galore.share, galore.finder) == (64, False, "svd")
+    for argv in (["optim.rank=64"], ["optim=adamw_8bit", "optim.rank=64"], ["++optim.rank=64"]):
+        (line,) = problems_of(argv)
+        assert (
+            line
+            == "optim.rank=64: belongs to projected methods; choose optim=galore, galore_8bit or galore_sgd"
+        )
+    first, second, third = problems_of(["optim.rank=64", "stepz=3", "optim.beta1=2"])
+    assert first.startswith("stepz=3: ") and second.startswith("optim.rank=64: belongs")
+    assert third.startswith("optim.beta1=2: ")
+    (line,) = problems_of(["rank=64"])
+    assert "did you mean optim.rank?" in line
+    (line,) = problems_of(["optim=galore", "optim.rnk=4"])
+    assert "did you mean optim.rank?" in line
+
+
+def test_a_recipe_may_choose_a_projected_method(folder: Path) -> None:
+    text = "# @package _global_\ndefaults:\n  - override /optim: galore\noptim:\n  rank: {}\n"
+    path = folder / "experiment" / "mine.yaml"
+    path.write_text(text.format(7))
+    cfg = parse(["experiment=mine", "optim.side=both"], folder)
+    assert isinstance(cfg.optim, ProjectedConfig) and (cfg.optim.rank, cfg.optim.side) == (7, "both")
+    (line,) = problems_of(["experiment=mine", "optim=adamw"], folder)
+    assert line.startswith(f"{path}: optim.rank=7: belongs to projected methods; choose optim=galore, ")
+    path = folder / "experiment" / "wrong.yaml"
+    path.write_text(text.format("many"))
+    (line,) = problems_of(["experiment=wrong"], folder)
+    assert line.startswith(f"{path}: optim.rank=many: not an integer")
+
+
+def test_a_method_that_was_mistyped_is_given_the_benefit_of_the_doubt() -> None:
+    for argv in (
+        ["optim.rank=64"],
+        ["optim.clip=1", "optim.clip_mode=per_layer"],
+        ["optim.clip=1", "optim.clip_mode=two_pass"],
+        ["optim.clip=1", "optim.update=in_backward"],
+    ):
+        (line,) = problems_of(["optim=galor", *argv])
+        assert line.startswith("optim=galor: ") and "did you mean galore?" in line
+    first, second = problems_of(["optim=galor", "optim.rank=0"])
+    assert first.startswith("optim=galor: ") and second.startswith("optim.rank=0: outside [1, 65536]; ")
+    first, second = problems_of(["optim=galor", "optim.clip_mode=exakt"])
+    assert second == "optim.clip_mode=exakt: no such choice; choose exact, two_pass or off"
+    first, second = problems_of(["optim=galor", "optim.clip=1", "optim.clip_mode=off"])
+    assert second.startswith("optim.clip=1: would be ignored with optim.clip_mode=off; ")
+    (line,) = problems_of(["model=nonsense", "activations.checkpoint=0.01"])
+    (line,) = problems_of(["model=nonsense", "model.num_attention_heads=7"])
+
+
+CLASHES = [
+    (
+        ["optim.clip=1", "optim.clip_mode=off"],
+        "optim.clip=1: ",
+        "set optim.clip=0 or choose exact or two_pass",
+    ),
+    (
+        ["optim=galore", "optim.clip=1", "optim.clip_mode=off"],
+        "optim.clip=1: ",
+        "set optim.clip=0 or choose global_estimated, projected or per_layer",
+    ),
+    (
+        ["optim.clip=1", "optim.update=in_backward"],
+        "optim.update=in_backward: optim.clip=1.0 with optim.clip_mode=exact needs all gradients ",
+        "set optim.update=after or optim.clip_mode=two_pass",
+    ),
+    (
+        ["optim.clip=1", "optim.clip_mode=two_pass", "optim.update=after"],
+        "optim.update=after: ",
+        "choose exact",
+    ),
+    (
+        ["optim.clip_mode=two_pass"],
+        "optim.clip_mode=two_pass: would run every backward twice for nothing ",
+        "",
+    ),
+    (["optim=galore", "optim.clip_mode=per_layer"], "optim.clip_mode=per_layer: would be ignored ", ""),
+    (["optim.embed_moments=fp32"], "optim.embed_moments=fp32: would change nothing ", "bf16 or int8 there"),
+    (["optim=galore", "optim.embed_moments=int8"], "optim.embed_moments=int8: ", "choose fp32 or null"),
+    (["optim.clip_mode=projected"], "optim.clip_mode=projected: ", "choose exact, two_pass or off"),
+    (["optim=galore", "optim.clip_mode=exact"], "optim.clip_mode=exact: ", "projected, per_layer or off"),
+    (["optim=galore", "optim.basis_dtype=int8"], "optim.basis_dtype=int8: ", "choose bf16, fp32 or null"),
+    (["activations.checkpoint=0.05"], "activations.checkpoint=0.05: ", "give 0.125 or more, or 0"),
+    (["activations.checkpoint=1.1"], "activations.checkpoint=1.1: outside [0, 1]; ", ""),
+]
+
+
+@pytest.mark.parametrize(
+    ("argv", "start", "end"), CLASHES, ids=lambda v: v[-1] if isinstance(v, list) else ""
+)
+def test_settings_that_do_not_go_together(argv: list[str], start: str, end: str) -> None:
+    (line,) = problems_of(argv)
+    assert line.startswith(start) and line.endswith(end) and "; " in line
+
+
+@pytest.mark.parametrize(
+    "argv",
+    [
+        ["optim.clip=1"],
+        ["optim.update=in_backward"],
+        ["optim.clip_mode=off"],
+        ["optim.clip=1", "optim.clip_mode=two_pass", "optim.update=in_backward"],
+        ["optim=adamw_8bit", "optim.embed_moments=fp32"],
+        ["optim=galore", "optim.moments=bf16", "optim.embed_moments=fp32"],
+        ["optim=galore", "optim.clip=1", "optim.clip_mode=projected", "optim.update=after"],
+        ["optim=galore", "optim.side=output", "optim.basis_dtype=fp32", "optim.rank=65536"],
+        [
+            "optim=galore",
+            "optim.refresh=together",
+            "optim.refresh_every=1000000",
+            "optim.transport=rotate_fill",
+        ],
+        ["activations=plain", "activations.checkpoint=0.07"],
+        ["activations.checkpoint=1"],
+    ],
+    ids=lambda argv: argv[-1],
+)
+def test_settings_that_go_together(argv: list[str]) -> None:
+    parse(argv)
+
+
+def test_when_weights_change() -> None:
+    dense = [("exact", None), ("two_pass", None), ("off", None), ("off", "after"), ("exact", "in_backward")]
+    done = [OptimConfig(clip_mode=mode, update=update).update_resolved for mode, update in dense]
+    assert done == ["after", "in_backward", "in_backward", "after", "in_backward"]
+    assert ProjectedConfig().update_resolved == "in_backward"
+    assert ProjectedConfig(update="after").update_resolved == "after"
+
+
+def test_intervals_and_lists() -> None:
+    assert [inside(v, "(0, 10]") for v in (0, 1e-9, 10, 10.1)] == [False, True, True, False]
+    assert [inside(v, "[0, 1)") for v in (-1, 0, 0.9, 1, float("nan"))] == [False, True, True, False, False]
+    assert [either(["a", "b", "c"][:n]) for n in (1, 2, 3)] == ["a", "a or b", "a, b or c"]
+
+
 def test_an_ignored_setting_is_an_error() -> None:
     (line,) = problems_of(["optim.schedule=constant", "optim.min_lr_ratio=0.5"])
     assert "optim.min_lr_ratio=0.5" in line and "optim.schedule=constant" in line
@@ -214,6 +375,79 @@ def test_nulls_resolve_by_model_size(shape: tuple[int, int, int, int], steps: in
     cfg.steps, cfg.optim.lr, cfg.run.name = 3, 0.02, "x"
     done = cfg.resolved()
     assert (done.steps, done.optim.lr, done.run.name) == (3, 0.02, "x")
+
+
+@pytest.mark.parametrize(
+    ("size", "rank", "lr", "every"),
+    [
+        ("tiny", 32, 0.01, 200),
+        ("9m", 32, 0.01, 200),
+        ("60m", 128, 0.01, 200),
+        ("71m", 128, 0.01, 200),
+        ("100m", 192, 0.01, 200),  # 160, rounded up to a multiple of 64
+        ("130m", 256, 0.01, 200),
+        ("250m", 192, 0.01, 200),
+        ("350m", 256, 0.01, 200),
+        ("1b", 512, 0.01, 200),
+        ("3b", 640, 0.01, 200),
+        ("7b", 1024, 0.005, 500),
+    ],
+)
+def test_nulls_of_projected_methods_resolve_by_model_size(
+    size: str, rank: int, lr: float, every: int
+) -> None:
+    argv = [f"model=llama_{size}", "optim=galore"]
+    cfg = parse(argv)
+    done = cfg.resolved().optim
+    assert isinstance(done, ProjectedConfig) and (done.rank, done.lr, done.refresh_every) == (rank, lr, every)
+    numbers = num_params(cfg.model)
+    assert default_rank(num_block_params(cfg.model), cfg.model.hidden_size) == rank
+    assert (default_lr(numbers, projected=True), default_refresh_every(numbers)) == (lr, every)
+    done = parse([*argv, "optim.rank=3", "optim.lr=1", "optim.refresh_every=5"]).resolved().optim
+    assert isinstance(done, ProjectedConfig) and (done.rank, done.lr, done.refresh_every) == (3, 1.0, 5)
+
+
+def test_defaults_at_their_borders() -> None:
+    assert [default_lr(n) for n in (10**9 - 1, 10**9)] == [1e-3, 5e-4]
+    assert [default_lr(n, True) for n in (3 * 10**9 - 1, 3 * 10**9)] == [0.01, 0.005]
+    assert [default_refresh_every(n) for n in (3 * 10**9 - 1, 3 * 10**9)] == [200, 500]
+    assert [default_rank(n, 600) for n in (25_296_895, 25_296_896, 25_296_897)] == [150, 128, 192]
+    assert [default_rank(10, hidden) for hidden in (2, 7, 8)] == [1, 1, 2]
+
+
+def test_what_may_change_on_resume() -> None:
+    may = """steps micro_batch eval_every optim.lr optim.warmup optim.schedule optim.min_lr_ratio optim.clip
+        optim.clip_mode optim.update optim.refresh_every optim.finder activations.checkpoint""".split()
+    may_not = """seed seq_len optim.name optim.scale optim.beta1 optim.moments optim.embed_moments optim.rank
+        optim.refresh optim.side optim.share optim.transport optim.basis_dtype model.hidden_size""".split()
+    before = asdict(parse(["optim=galore"]).resolved())
+    for key in may + may_not:
+        cfg = parse(["optim=galore"]).resolved()
+        put(cfg, key, "another")
+        (line,) = differences(before, asdict(cfg))
+        assert line.startswith(f"{key}=another: was ") and line.startswith(MAY_CHANGE) == (key in may)
+    older = {k: v for k, v in before.items() if k != "activations"}
+    (line,) = differences(older, before)
+    assert line == "activations.checkpoint=0.0: was None" and line.startswith(MAY_CHANGE)
+
+
+def test_a_run_folder_knows_its_method(tmp_path: Path) -> None:
+    path = tmp_path / "config.yaml"
+
+    def problem() -> str:
+        with pytest.raises(ConfigError) as caught:
+            from_yaml(path)
+        (line,) = caught.value.problems
+        return line
+
+    path.write_text("optim:\n  name: galore\n  rank: 12\n")
+    assert from_yaml(path).optim == ProjectedConfig(name="galore", rank=12)
+    path.write_text("optim:\n  name: adamw\n  rank: 12\n")
+    assert problem().startswith(f"{path}: optim.rank=12: belongs to projected methods; choose optim=galore, ")
+    for name in ("galor", "../model/llama_7b", "null"):
+        path.write_text(f"optim:\n  name: {name}\n")
+        assert problem().startswith(f"{path}: optim.name={name.replace('null', 'None')}: no such method; ")
+        assert "galore_8bit" in problem()
 
 
 def test_accumulation_for_ranks() -> None:
@@ -262,6 +496,8 @@ def test_yaml_round_trip_of_composed_configurations(tmp_path: Path) -> None:
         [],
         ["experiment=quickstart", "log=[wandb,tensorboard]"],
         ["optim.eps=1e-12", "weights=fp32"],
+        ["optim=galore_8bit", "optim.side=both", "optim.share=false", "activations.checkpoint=0.5"],
+        ["optim=galore_sgd", "model=llama_7b"],
     ):
         cfg = parse(argv).resolved()
         path.write_text(to_yaml(cfg))
@@ -285,17 +521,17 @@ def test_a_file_that_is_no_configuration_is_one_clear_error(tmp_path: Path, text
 def test_help_fits_and_names_everything() -> None:
     text = help_text()
     lines = text.splitlines()
-    assert max(map(len, lines)) <= 80 and len(lines) <= 70 and text.isascii()
+    assert max(map(len, lines)) <= 80 and len(lines) <= 85 and text.isascii()
     words = set(re.split(r"[\s,:;]+", text))
     for group in GROUPS:
         assert {group, *group_options(group)} <= words
-    cfg = Config()
-    for key in leaves(cfg):
-        if key in ("optim.name", "data.name"):
-            continue
-        value = get(cfg, key)
-        shown = {None: "null", False: "false"}.get(value, value) if value is None or value is False else value
-        assert f"{key}={shown}" in words, key
+    for cfg in (Config(), Config(optim=ProjectedConfig())):
+        for key in leaves(cfg):
+            if key in ("optim.name", "data.name"):
+                continue
+            value = get(cfg, key)
+            shown = {"None": "null", "False": "false", "True": "true"}.get(str(value), value)
+            assert f"{key}={shown}" in words, key
     for code in ("0 done", "2 bad", "3 training", "4 out of memory"):
         assert code in text
 

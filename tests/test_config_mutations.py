@@ -9,18 +9,23 @@ from pathlib import Path
 import pytest
 
 from configs.cli import parse
-from configs.help import GROUPS, group_options
+from configs.groups import GROUPS, group_options
 from configs.schema import Config, ConfigError, from_yaml, to_yaml
 from configs.values import leaves
+from optim.config import ProjectedConfig
 
 ROOT = Path(__file__).parents[1]
 # Both end with 0, or with 2 and the problems on stderr; the first only checks.
 CHECK, TRAIN = [sys.executable, "-m", "configs.cli"], [sys.executable, "train.py"]
 
-KNOWN = [k for k in leaves(Config()) if k not in ("optim.name", "data.name")]
+KNOWN = [k for k in leaves(Config(optim=ProjectedConfig())) if k not in ("optim.name", "data.name")]
+PROJECTED = [k for k in KNOWN if k not in leaves(Config())]
 INTS = ["steps", "tokens_per_step", "micro_batch", "seq_len", "seed", "eval_every", "save_every", "keep_last"]
+PROJECTED_INTS = ["optim.rank", "optim.refresh_every"]
 FLOATS = [f"optim.{k}" for k in "lr scale beta1 beta2 eps decay clip warmup min_lr_ratio".split()]
+FLOATS.append("activations.checkpoint")
 NOT_NULL = [k for k in INTS if k != "steps"] + [k for k in FLOATS if k != "optim.lr"]
+NOT_NULL += [f"optim.{k}" for k in "moments clip_mode refresh finder side share transport".split()]
 OPTIONS = {group: group_options(group) for group in GROUPS}
 # What a source needs beside its name.
 NEEDS = {"local": ["data.train=a.txt", "data.validation=b.txt"], "tokens": ["data.train=folder"]}
@@ -43,7 +48,18 @@ OUTSIDE = {
     "optim.clip": ["-1", "nan", "-inf"],
     "optim.warmup": ["-0.1", "1.5", "nan"],
     "optim.min_lr_ratio": ["-0.01", "1.01", "nan"],
-    "optim.moments": ["int8", "fp16", "FP32"],
+    "optim.moments": ["int4", "fp16", "FP32", "8bit"],
+    "optim.embed_moments": ["bf16", "int8", "none"],
+    "optim.clip_mode": ["exakt", "global", "lagged"],
+    "optim.update": ["before", "in_step", "inbackward"],
+    "optim.rank": ["0", "-4", "65537", "99999999999999999999"],
+    "optim.refresh_every": ["0", "-1", "1000001"],
+    "optim.refresh": ["lazy", "stagered", "never"],
+    "optim.finder": ["exact", "gram", "qr"],
+    "optim.side": ["left", "right", "short", "std"],
+    "optim.transport": ["rotate+fill", "none", "ldadam"],
+    "optim.basis_dtype": ["int8", "float32", "int4"],
+    "activations.checkpoint": ["-0.5", "1.01", "nan", "inf", "8"],
     "optim.schedule": ["cosin", "step", "warmup"],
     "weights": ["int8", "fp16", "float32"],
     "dist": ["fsdp", "ddp", "replicat"],
@@ -53,9 +69,9 @@ OUTSIDE = {
 }
 # Names of settings that do not exist yet, and of other programs.
 UNBUILT = (
-    "deterministic graph plan spike profile activations activations.velora activations.checkpoint "
-    "optim.rank optim.side optim.refresh_every optim.finder optim.share optim.lift optim.update "
-    "optim.rounding optim.clip_mode optim.weight_decay model.hidden batch_size max_steps data.shuffle run.id"
+    "deterministic graph plan spike profile activations.velora activations.layers "
+    "optim.lift optim.rounding optim.mag_scale optim.damping optim.weight_decay "
+    "model.hidden batch_size max_steps data.shuffle run.id"
 ).split()
 
 
@@ -83,12 +99,13 @@ def invalid_ones() -> list[tuple[str, str, str]]:
     for name in UNBUILT:
         value = rng.choice(["true", "4", "auto", "0.5"])
         cases.append((f"{rng.choice(['', '+', '++'])}{name}={value}", name, value))
-    for key in INTS:
+    for key in INTS + PROJECTED_INTS:
         value = rng.choice(["abc", "1.5", "true", "[1,2]", "{a:1}", "1e3", "'12'", "ten"])
         cases.append((f"{key}={value}", key, value))
     for key in FLOATS:
         value = rng.choice(["abc", "true", "[0.1]", "{a:1}", "'0.1'", "1e-3x"])
         cases.append((f"{key}={value}", key, value))
+    cases += [(f"optim.share={v}", "optim.share", v) for v in ("1", "yes_", "'true'", "q", "0.5")]
     cases += [(f"{key}=null", key, "null") for key in NOT_NULL]
     cases += [(f"{key}=", key, "") for key in rng.sample(KNOWN, 8)]
     cases += [(f"{key}=''", key, "''") for key in ("run.name", "run.dir", "data.cache")]
@@ -126,16 +143,22 @@ def invalid_ones() -> list[tuple[str, str, str]]:
     for group, options in OPTIONS.items():
         for option in [broken_names(rng, rng.choice(options)), "nothing_like_it", "[a]", "../config", "3"]:
             cases.append((f"{group}={option}", group, option))
-    cases += [(f"{g}=null", g, "null") for g in ("model", "optim", "data")]
+    cases += [(f"{g}=null", g, "null") for g in ("model", "optim", "data", "activations")]
     return cases
 
 
 INVALID = invalid_ones()
 
 
+def with_method(argv: list[str]) -> list[str]:
+    """The same with a method that has all the keys, if some are a projected method's and none is chosen."""
+    keys = [arg.partition("=")[0].lstrip("+") for arg in argv]
+    return argv if "optim" in keys or not set(keys) & set(PROJECTED) else [*argv, "optim=galore"]
+
+
 def problems_of(argv: list[str]) -> list[str]:
     try:
-        parse(argv)
+        parse(with_method(argv))
     except ConfigError as error:
         assert error.problems and str(error) == "\n".join(error.problems)
         assert all(line.isprintable() for line in error.problems)
@@ -150,6 +173,19 @@ def test_each_wrong_argument_gives_one_line_with_key_and_value() -> None:
         assert len(lines) == 1, (arg, lines)
         assert key in lines[0] and value in lines[0], (arg, lines)
         assert ": " in lines[0] and ";" in lines[0], f"neither reason nor way out: {lines[0]}"
+
+
+def test_keys_of_other_methods_give_one_line_with_those_that_have_them() -> None:
+    for arg, key, value in INVALID:
+        if key not in PROJECTED or not arg.startswith(f"{key}="):
+            continue
+        (line,) = problems_of(["optim=adamw", arg])
+        assert line.startswith(f"{key}=") and value in line
+    for key in PROJECTED:
+        for method in ("adamw", "adamw_8bit"):
+            assert problems_of([f"optim={method}", f"{key}=1"]) == [
+                f"{key}=1: belongs to projected methods; choose optim=galore, galore_8bit or galore_sgd"
+            ]
 
 
 def test_wrong_arguments_together_give_one_line_each() -> None:
@@ -178,7 +214,7 @@ def test_a_wrong_argument_is_found_among_right_ones() -> None:
 def valid_lines() -> list[list[str]]:
     rng = random.Random(3)
     lines = []
-    for _ in range(60):
+    for _ in range(120):
         micro, seq = rng.choice([1, 2, 3, 8]), rng.choice([2, 33, 128, 1024])
         tokens = micro * seq * rng.randrange(1, 9)
         argv = [f"micro_batch={micro}", f"seq_len={seq}", f"tokens_per_step={tokens}"]
@@ -192,14 +228,31 @@ def valid_lines() -> list[list[str]]:
                 f"optim.warmup={rng.choice(['0', '1', '0.05'])}",
                 f"optim.min_lr_ratio={rng.choice(['0', '1', '0.1'])}",
                 f"optim.clip={rng.choice(['0', '1.0', '1e3'])}",
+                f"optim.update={rng.choice(['null', 'after'])}",
+                f"optim.moments={rng.choice(['fp32', 'bf16', 'int8'])}",
+                "optim.embed_moments=null",
+                f"activations.checkpoint={rng.choice(['0', '0.5', '1'])}",
                 f"weights={rng.choice(['null', 'bf16', 'fp32'])}",
                 f"compile={rng.choice(['auto', 'off'])}",
                 f"log={rng.choice(['none', 'wandb', '[wandb]', '[wandb,tensorboard]'])}",
                 f"run.name={rng.choice(['a', '007', '1e3', 'null', 'true', 'with space', 'x.y-z_1'])}",
                 "++keep_last=5",
             ],
-            rng.randrange(0, 9),
+            rng.randrange(0, 12),
         )
+        if any(arg.startswith("optim=galore") for arg in argv):
+            argv += rng.sample(
+                [
+                    f"optim.rank={rng.choice(['null', '1', '65536'])}",
+                    f"optim.refresh_every={rng.choice(['null', '1', '1000000'])}",
+                    *(
+                        f"optim.{k}={rng.choice(ProjectedConfig.CHOICES[k])}"
+                        for k in "refresh finder side transport basis_dtype".split()
+                    ),
+                    f"optim.share={rng.choice(['true', 'false'])}",
+                ],
+                rng.randrange(0, 6),
+            )
         for need in NEEDS.get("".join(a for a in argv if a.startswith("data="))[5:], []):
             argv.append(need)
         lines.append(argv)
@@ -285,7 +338,7 @@ def test_noise_never_escapes_as_another_error() -> None:
 
 def mutated_files() -> list[tuple[str, str, str]]:
     """(text of a config.yaml, key, value) with one bad value or unknown key each."""
-    rng, text = random.Random(5), to_yaml(Config())
+    rng, text = random.Random(5), to_yaml(Config(optim=ProjectedConfig(name="galore")))
     cases = []
     for key, values in OUTSIDE.items():
         value = rng.choice([v for v in values if "{" not in v])

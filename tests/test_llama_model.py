@@ -220,6 +220,77 @@ def loss_and_gradients(model, x, y):
     return [loss.detach(), *(p.grad.clone() for p in model.parameters())]
 
 
+def calls_of(model):
+    """Counts how often each block starts: twice when it is computed again."""
+    counts = [0] * len(model.model.layers)
+    for n, layer in enumerate(model.model.layers):
+
+        def count(module, args, n=n):
+            counts[n] += 1
+
+        layer.register_forward_pre_hook(count)
+    return counts
+
+
+@pytest.mark.parametrize(("share", "blocks"), [(0.0, 0), (0.1, 0), (0.2, 1), (0.5, 2), (0.67, 2), (1.0, 3)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_recomputed_blocks_give_the_same_gradients_bit_for_bit(share, blocks, dtype):
+    model = build_model(ModelConfig(**SMALL), "cpu", dtype, 0)
+    x, y = torch.arange(12).view(2, 6), torch.arange(12, 24).view(2, 6)
+    expected = loss_and_gradients(model, x, y)
+    model.checkpoint_blocks(share)
+    assert model.model.checkpointed == blocks == round(share * 3)
+    counts = calls_of(model)
+    for a, b in zip(loss_and_gradients(model, x, y), expected, strict=True):
+        assert torch.equal(a, b)
+    assert counts == [2] * blocks + [1] * (3 - blocks)
+    with torch.autocast("cpu", torch.bfloat16):
+        loss_and_gradients(model, x, y)
+
+
+def test_recomputing_keeps_less_and_leaves_evaluation_alone():
+    model = build_model(ModelConfig(**SMALL), "cpu", torch.float32, 0)
+    x, y = torch.arange(12).view(2, 6), torch.arange(12, 24).view(2, 6)
+
+    def kept():
+        sizes = {}
+
+        def pack(t):
+            sizes[t.data_ptr()] = t.numel()
+            return t
+
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+            model(x, y)
+        return sum(sizes.values())
+
+    all_of_it = kept()
+    model.checkpoint_blocks(1.0)
+    assert kept() < 0.6 * all_of_it
+    model.eval()
+    assert kept() == all_of_it
+    model.train()
+    called = []
+    with torch.no_grad(), pytest.MonkeyPatch.context() as patch:
+        patch.setattr("llama.model.checkpoint", lambda *a, **k: called.append(a))
+        model(x, y)
+    assert not called
+
+
+def test_compiled_blocks_can_be_recomputed():
+    torch._dynamo.reset()
+    model = build_model(ModelConfig(**SMALL), "cpu", torch.float32, 0)
+    x, y = torch.arange(12).view(2, 6), torch.arange(12, 24).view(2, 6)
+    compile_blocks(model)
+    expected = loss_and_gradients(model, x, y)
+    model.checkpoint_blocks(0.67)
+    counts = calls_of(model)
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        for _ in range(2):
+            for a, b in zip(loss_and_gradients(model, x, y), expected, strict=True):
+                assert torch.equal(a, b)
+    assert counts == [4, 4, 2]
+
+
 def test_compiled_blocks_share_one_training_and_one_evaluation_graph():
     from torch._dynamo.testing import CompileCounter
 
