@@ -60,7 +60,7 @@ PHRASES = {
     "optim.eps": "added to the denominator",
     "optim.decay": "weight decay, matrices only",
     "optim.clip": "gradient norm; 0: off",
-    "optim.moments": "fp32 or bf16",
+    "optim.moments": "fp32, bf16 or int8",
     "optim.schedule": "cosine, linear or constant",
     "optim.warmup": "share of steps",
     "optim.min_lr_ratio": "last lr / highest lr",

@@ -5,7 +5,21 @@ interpreter), "auto" Triton on CUDA and the reference elsewhere. It is an argume
 Imports torch and triton only.
 """
 
-from .dispatch import adam_, choose, cross_entropy_, plan
-from .reference import Column, stochastic_bf16
+from .dispatch import adam_, adam_direction, choose, cross_entropy_, plan
+from .reference import QUANT, SECOND, Column, dequantise, load, quantise, save_, stochastic_bf16
 
-__all__ = ["Column", "adam_", "choose", "cross_entropy_", "plan", "stochastic_bf16"]
+__all__ = [
+    "QUANT",
+    "SECOND",
+    "Column",
+    "adam_",
+    "adam_direction",
+    "choose",
+    "cross_entropy_",
+    "dequantise",
+    "load",
+    "plan",
+    "quantise",
+    "save_",
+    "stochastic_bf16",
+]

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 NAMES = ("adamw",)
-MOMENTS = ("fp32", "bf16")
+MOMENTS = ("fp32", "bf16", "int8")
 SCHEDULES = ("cosine", "linear", "constant")
 
 
@@ -19,7 +19,7 @@ class OptimConfig:
     eps: float = 1e-8
     decay: float = 0.0  # decoupled; never on gains and embeddings
     clip: float = 0.0  # global gradient norm; 0: off
-    moments: str = "fp32"  # fp32 | bf16
+    moments: str = "fp32"  # fp32 | bf16 | int8
     schedule: str = "cosine"  # cosine | linear | constant
     warmup: float = 0.1  # share of steps
     min_lr_ratio: float = 0.1

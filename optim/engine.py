@@ -77,9 +77,10 @@ class Engine(torch.optim.Optimizer):
         self._t = torch.zeros(len(owned), dtype=wide, device=first.device)
         self._in_a_row = torch.zeros((), device=first.device)
         for o in owned:
-            self.state[o.param] = {k: moments.init(store, o.param) for k in rule.state}
+            p = o.param
+            self.state[p] = moments.init(store, p.shape, p.device, moments.wide(p.dtype), rule.state)
         self.stats: dict[str, Tensor] = {}
-        self._plan = kernels.plan([o.param for o in owned])
+        self._plan = kernels.plan([o.param for o in owned], [self.state[o.param] for o in owned])
         self._fired = [0] * len(owned)
         self._hooks = [
             o.param.register_post_accumulate_grad_hook(lambda p, n=n: self._count(n))

@@ -2,8 +2,8 @@
 
     python tests/mutants.py [PART OF A TEST'S NAME ...]
 
-Applies every change to a copy of the source, runs the test beside which it stands (`make mutants`), and prints a
-table. Exit code 1 if a change is no longer found in its file, or survives.
+Applies every change to a copy of the source, runs the test beside which it stands (`make mutants`), and
+prints a table. Exit code 1 if a change is no longer found in its file, or survives.
 """
 
 from __future__ import annotations
@@ -45,9 +45,7 @@ def mutants(path: Path) -> Iterator[Mutant]:
             continue
         for d in node.decorator_list:
             if isinstance(d, ast.Call) and isinstance(d.func, ast.Name) and d.func.id == "kills":
-                yield Mutant(
-                    f"{path.relative_to(ROOT)}::{node.name}", *(ast.literal_eval(a) for a in d.args)
-                )
+                yield Mutant(f"{path.relative_to(ROOT)}::{node.name}", *(ast.literal_eval(a) for a in d.args))
 
 
 def verdict(m: Mutant) -> str:

@@ -43,7 +43,7 @@ OUTSIDE = {
     "optim.clip": ["-1", "nan", "-inf"],
     "optim.warmup": ["-0.1", "1.5", "nan"],
     "optim.min_lr_ratio": ["-0.01", "1.01", "nan"],
-    "optim.moments": ["int8", "fp16", "FP32"],
+    "optim.moments": ["int4", "fp16", "FP32"],
     "optim.schedule": ["cosin", "step", "warmup"],
     "weights": ["int8", "fp16", "float32"],
     "dist": ["fsdp", "ddp", "replicat"],

@@ -36,8 +36,7 @@ class Adam:
         gs: list[Tensor],
         states: list[dict[str, Tensor]],
         table: Tensor,  # (n, 8): kernels.Column
-        plan: Tensor | None,  # kernels.plan(ws)
+        plan: dict[tuple[int, ...], Tensor] | None,  # kernels.plan(ws, states)
     ) -> None:
         """Weights and states in place."""
-        ms, vs = ([s[k] for s in states] for k in self.state)
-        kernels.adam_(ws, gs, ms, vs, table, plan, self.beta1, self.beta2, self.eps)
+        kernels.adam_(ws, gs, states, table, plan, self.beta1, self.beta2, self.eps)
