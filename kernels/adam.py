@@ -297,7 +297,7 @@ def launch_direction(
     if g.numel():
         direction_kernel[grid](
             g, n, state["m"], state["v"], state.get("m_scale"), state.get("v_scale"), d, h,
-            rows, cols, stride, beta1, 1 - beta1, beta2, 1 - beta2, eps, MOMENT=DTYPES[moment], SCALED=d is not None,
-            EVEN=cols % width == 0, BLOCKS=blocks, WIDTH=width, num_warps=WARPS,
+            rows, cols, stride, beta1, 1 - beta1, beta2, 1 - beta2, eps, MOMENT=DTYPES[moment],
+            SCALED=d is not None, EVEN=cols % width == 0, BLOCKS=blocks, WIDTH=width, num_warps=WARPS,
         )  # fmt: skip
     return n

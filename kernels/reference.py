@@ -127,13 +127,13 @@ def save_(
     bf16 rounds "v" stochastically, seeded by (t, index, element): with beta2 = 0.999 every one of the 128
     bf16 mantissas times 0.999 rounds back to itself, so nearest rounding would never let v fall.
     """
-    stored, second = state[name], name in SECOND
-    if f"{name}_scale" in state:
+    stored, scales, second = state[name], state.get(f"{name}_scale"), name in SECOND
+    if scales is not None:
         if "d" in state:
             inverse = 1 / state["d"].to(value.dtype)
             value = value * (inverse * inverse if second else inverse)
-        codes, scales = quantise(value.reshape(-1, value.shape[-1]), signed=not second)
-        state[f"{name}_scale"].copy_(torch.where(ok > 0, scales, state[f"{name}_scale"]))
+        codes, fresh = quantise(value.reshape(-1, value.shape[-1]), signed=not second)
+        scales.copy_(torch.where(ok > 0, fresh, scales))
         value = codes.view(stored.shape)
     elif second and stored.dtype == torch.bfloat16:
         value = stochastic_bf16(value.reshape(-1), t, index).view(stored.shape)
