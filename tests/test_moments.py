@@ -1,4 +1,4 @@
-"""Moments in 8 bit and in bf16: the code books, and the one seam by which rules read and write their state."""
+"""Moments in 8 bit and in bf16: the code books, and the seam by which rules read and write their state."""
 
 import copy
 
@@ -16,7 +16,7 @@ from tests.mutants import kills
 REF = "kernels/reference.py"
 BOOKS = ("linear", "dynamic")
 BETAS = (0.9, 0.999, 1e-8)
-BOUND = {  # |error| in units of the block's absmax; linear v: half a code of the root, 2 sqrt(y) / 510 + 510^-2
+BOUND = {  # |error| in units of the block's absmax; linear v: half a code of the root, twice
     ("dynamic", True): 0.0070313,
     ("dynamic", False): 0.0035157,
     ("linear", True): 0.5001 / 127,
@@ -143,7 +143,7 @@ def test_invariant_18_the_first_step_is_exact(store, book, dtype, monkeypatch):
 @kills(REF, "FLOOR = 2.0**-100", "FLOOR = 2.0**-149")
 @settings(max_examples=100, deadline=None)
 @given(
-    st.lists(st.floats(0, 3e38, width=32), min_size=1, max_size=20),
+    st.lists(st.floats(0, 2.0**127, width=32, allow_subnormal=False), min_size=1, max_size=20),
     st.sampled_from([torch.float32, torch.float64]),
 )
 def test_invariant_53_a_second_moment_never_becomes_zero(values, dtype):
@@ -152,30 +152,34 @@ def test_invariant_53_a_second_moment_never_becomes_zero(values, dtype):
     assert torch.equal(y > 0, x > 0) and torch.isfinite(y).all()
 
 
+@kills(REF, "(y >= 1 - 0.225 / 64, 127,", "(y >= 1 - 0.225 / 60, 127,")
+@kills(REF, "(0.1 + 0.9 * (k - parts + 0.5) / parts)", "(0.1 + 0.9 * (k - parts) / parts)")
 @pytest.mark.parametrize("signed", [True, False])
-def test_dynamic_is_the_libraries_map(signed):
+def test_dynamic_is_the_map_of_bitsandbytes(signed):
+    """Its generic code, a search for the nearest entry, gives the same codes but for ties; its compiled code
+    for fp32 picks a neighbour now and then (0.1 to 0.3% of normal numbers), never a nearer entry."""
     bnb = pytest.importorskip("bitsandbytes.functional")
     table = bnb.create_dynamic_map(signed)
     x = numbers(3, 40, 512, 5.0, -4, signed, torch.float32)
-    theirs, state = bnb.quantize_blockwise(x, code=table, blocksize=256)
     codes, scales = quantise(x, signed, "dynamic")
-    ours = codes.int() + (128 if signed else 0)
-    assert torch.equal(scales.flatten(), state.absmax)
-    y = dequantise(codes, scales, "dynamic")
-    torch.testing.assert_close(table[ours.long()] * largest(x), y, rtol=1e-6, atol=0)
-    back = bnb.dequantize_blockwise(theirs, state)
-    differ = ours != theirs.view(x.shape).int()
-    assert int(differ.sum()) <= 5
-    # where they differ the number lies half-way: both are as near
-    gap = ((y - x).abs() - (back - x).abs())[differ].abs()
-    assert (gap <= 1e-6 * largest(x)[differ]).all()
-    assert ((y - x).abs() <= BOUND["dynamic", signed] * largest(x)).all()
+    y, ours = dequantise(codes, scales, "dynamic"), (codes.int() + (128 if signed else 0)).to(torch.uint8)
+    for dtype in (torch.float64, torch.float32):
+        theirs, absmax = torch.ops.bitsandbytes.quantize_blockwise(x.to(dtype), table, 256)
+        assert torch.equal(scales.flatten(), absmax)
+        back = table[theirs.view(x.shape).long()] * largest(x)
+        nearer = ((y - x).abs() - (back - x).abs()) / largest(x)
+        assert nearer.max() <= 1e-6
+        if dtype == torch.float64:
+            differ = theirs.view(x.shape) != ours
+            assert int(differ.sum()) <= 5 and (nearer[differ].abs() <= 1e-6).all()
+    back = bnb.dequantize_blockwise(ours, absmax=scales.flatten(), code=table, blocksize=256)
+    torch.testing.assert_close(back, y, rtol=1e-6, atol=0)
 
 
 @kills(REF, "x *= d * d if name in SECOND else d", "x *= d * d")
 @kills(REF, "value = value * (inverse * inverse if second else inverse)", "value = value * inverse")
 def test_eight_bit_adam_stays_near_fp32():
-    """64 x 256, columns as 1/j, 300 steps: u is off by 2% with the column scale, without it by 40 times that."""
+    """64 x 256, columns as 1/j, 300 steps: u is 2% off with the column scale, 76% without."""
     g = torch.Generator().manual_seed(0)
     size = torch.arange(1, 257) ** -1.0
     states = [moments.init(store, (64, 256), "cpu", torch.float32) for store in ("fp32", "int8", "int8")]

@@ -76,14 +76,15 @@ def ulps(a, b, before):
 
 
 def allowed(dtype):
-    """bf16: the interpreter truncates fp32 where hardware rounds to nearest, one unit; v is rounded by its own
-    random bits and must agree but for an fp32 last place: one unit too. fp32: eight roundings on the way, in
-    another order. Codes: one, at ties."""
+    """Units. bf16: the interpreter truncates fp32 where hardware rounds to nearest, one; v is rounded by its
+    own random bits and must agree but for an fp32 last place: one too. fp32: eight roundings on the way, in
+    another order. Codes: one, at ties.
+    """
     return 1.0 if dtype in (torch.bfloat16, torch.int8, torch.uint8) else 8.0
 
 
 class Worst(dict):
-    """name -> largest difference, in ulps or codes; and the share of codes and random roundings that differ."""
+    """name -> largest difference, in ulps or codes; and how many codes and random roundings differ."""
 
     ok, differ, count = True, 0, 0
 
