@@ -13,7 +13,6 @@ from kernels import dequantise, quantise
 from optim import attach, moments
 from tests.mutants import kills
 
-REF = "kernels/reference.py"
 BOOKS = ("linear", "dynamic")
 BETAS = (0.9, 0.999, 1e-8)
 BOUND = {  # |error| in units of the block's absmax; linear v: half a code of the root, twice
@@ -46,11 +45,15 @@ def largest(x):
     return torch.cat(parts, 1)
 
 
-@kills(REF, "repeat_interleave(QUANT, 1)[", "repeat_interleave(QUANT, 1).roll(QUANT, 1)[")
-@kills(REF, "codes = torch.floor(x * (127 / a) + 0.5)", "codes = torch.floor(x * (127 / a) + 1.5)")
-@kills(REF, "torch.where(c < -1, -x, x)", "x")
-@kills(REF, "x.abs().amax(2).clamp", "x.abs().amax(2).roll(1, 0).clamp")
-@kills(REF, "10.0 ** (n - 7)", "10.0 ** (n - 8)")
+@kills("kernels/reference.py", "repeat_interleave(QUANT, 1)[", "repeat_interleave(QUANT, 1).roll(QUANT, 1)[")
+@kills(
+    "kernels/reference.py",
+    "codes = torch.floor(x * (127 / a) + 0.5)",
+    "codes = torch.floor(x * (127 / a) + 1.5)",
+)
+@kills("kernels/reference.py", "torch.where(c < -1, -x, x)", "x")
+@kills("kernels/reference.py", "x.abs().amax(2).clamp", "x.abs().amax(2).roll(1, 0).clamp")
+@kills("kernels/reference.py", "10.0 ** (n - 7)", "10.0 ** (n - 8)")
 @small
 @cases
 def test_invariant_15_error_is_bounded_and_signs_stay(book, signed, dtype, **kw):
@@ -63,9 +66,9 @@ def test_invariant_15_error_is_bounded_and_signs_stay(book, signed, dtype, **kw)
     assert (y * x.sign() >= 0).all() and (y[x == 0] == 0).all()
 
 
-@kills(REF, "x = c * (1 / 127)", "x = c * (1 / 128)")
-@kills(REF, "(c * (1 / 255)).square()", "(c * (1 / 254)).square()")
-@kills(REF, "torch.where(y >= 1 - 0.225 / 128, 255, k)", "k")
+@kills("kernels/reference.py", "x = c * (1 / 127)", "x = c * (1 / 128)")
+@kills("kernels/reference.py", "(c * (1 / 255)).square()", "(c * (1 / 254)).square()")
+@kills("kernels/reference.py", "torch.where(y >= 1 - 0.225 / 128, 255, k)", "k")
 @small
 @cases
 def test_invariant_16_requantising_changes_nothing(book, signed, dtype, **kw):
@@ -73,7 +76,8 @@ def test_invariant_16_requantising_changes_nothing(book, signed, dtype, **kw):
     codes, scales = quantise(x, signed, book)
     again, shrunk = quantise(dequantise(codes, scales, book, dtype), signed, book)
     parts = x.split(256, dim=1)
-    negative = torch.stack([part.amax(1) < -part.amin(1) for part in parts], 1)  # the absmax is a negative
+    tops = [(part.amax(1), -part.amin(1)) for part in parts]  # +1 is an entry, -1 is not
+    negative = torch.stack([plus < (1 - 0.225 / 64) * minus for plus, minus in tops], 1)
     floor = torch.stack([part.abs().amax(1) < 2.0**-99 for part in parts], 1)  # zeros: scale stays
     lost = negative & ~floor if book == "dynamic" and signed else torch.zeros_like(negative)
     assert torch.equal(shrunk[~lost], scales[~lost])
@@ -82,10 +86,10 @@ def test_invariant_16_requantising_changes_nothing(book, signed, dtype, **kw):
     assert torch.equal(again[kept], codes[kept])
 
 
-@kills(REF, "torch.where(y < 0, -1 - k, k - 1)", "torch.where(y < 0, -1 - k, k)")
-@kills(REF, "(1 + 1.8 / (b * 2**n))", "(1 + 0.9 / (b * 2**n))")
-@kills(REF, "1e-6 * (0.05 + 0.225 / b)", "1e-6 * (0.1 + 0.225 / b)")
-@kills(REF, "1 - 0.225 / 64", "1 - 0.225 / 32")
+@kills("kernels/reference.py", "torch.where(y < 0, -1 - k, k - 1)", "torch.where(y < 0, -1 - k, k)")
+@kills("kernels/reference.py", "(1 + 1.8 / (b * 2**n))", "(1 + 0.9 / (b * 2**n))")
+@kills("kernels/reference.py", "1e-6 * (0.05 + 0.225 / b)", "1e-6 * (0.1 + 0.225 / b)")
+@kills("kernels/reference.py", "1 - 0.225 / 64", "1 - 0.225 / 32")
 @pytest.mark.parametrize("signed", [True, False])
 def test_invariant_17_the_closed_form_is_a_search(signed):
     """In float64; in fp32 but for ties: of a million numbers fewer than ten."""
@@ -105,7 +109,11 @@ def test_invariant_17_the_closed_form_is_a_search(signed):
         assert int((got != want).sum()) <= differ and int((got - want).abs().max()) <= 1
 
 
-@kills(REF, "x.abs().amax(2).clamp", "x.abs().amax(2).amax(0, keepdim=True).expand(len(x), -1).clamp")
+@kills(
+    "kernels/reference.py",
+    "x.abs().amax(2).clamp",
+    "x.abs().amax(2).amax(0, keepdim=True).expand(len(x), -1).clamp",
+)
 @small
 @cases
 def test_invariant_17_codes_do_not_depend_on_row_shards(book, signed, dtype, **kw):
@@ -119,10 +127,11 @@ def test_invariant_17_codes_do_not_depend_on_row_shards(book, signed, dtype, **k
     assert torch.equal(torch.cat([b[1] for b in blocks], 1), scales)
 
 
-STALE = 'return (load(state, "m", wide) / h[6]) / ((load(state, "v", wide) / h[7]).sqrt() + eps)'
-
-
-@kills(REF, "    return direction\n", f"    {STALE}\n")
+@kills(
+    "kernels/reference.py",
+    "    return direction\n",
+    '    return (load(state, "m", wide) / h[6]) / ((load(state, "v", wide) / h[7]).sqrt() + eps)\n',
+)
 @pytest.mark.parametrize("book", BOOKS)
 @pytest.mark.parametrize("store", ["int8", "bf16"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
@@ -139,8 +148,8 @@ def test_invariant_18_the_first_step_is_exact(store, book, dtype, monkeypatch):
     assert torch.equal(*steps) and steps[0].abs().min() > 0
 
 
-@kills(REF, "(x > 0).to(x.dtype)", "(x > 1).to(x.dtype)")
-@kills(REF, "FLOOR = 2.0**-100", "FLOOR = 2.0**-149")
+@kills("kernels/reference.py", "(x > 0).to(x.dtype)", "(x > 1).to(x.dtype)")
+@kills("kernels/reference.py", "FLOOR = 2.0**-100", "FLOOR = 2.0**-149")
 @settings(max_examples=100, deadline=None)
 @given(
     st.lists(st.floats(0, 2.0**127, width=32, allow_subnormal=False), min_size=1, max_size=20),
@@ -152,8 +161,8 @@ def test_invariant_53_a_second_moment_never_becomes_zero(values, dtype):
     assert torch.equal(y > 0, x > 0) and torch.isfinite(y).all()
 
 
-@kills(REF, "(y >= 1 - 0.225 / 64, 127,", "(y >= 1 - 0.225 / 60, 127,")
-@kills(REF, "(0.1 + 0.9 * (k - parts + 0.5) / parts)", "(0.1 + 0.9 * (k - parts) / parts)")
+@kills("kernels/reference.py", "(y >= 1 - 0.225 / 64, 127,", "(y >= 1 - 0.225 / 60, 127,")
+@kills("kernels/reference.py", "(0.1 + 0.9 * (k - parts + 0.5) / parts)", "(0.1 + 0.9 * (k - parts) / parts)")
 @pytest.mark.parametrize("signed", [True, False])
 def test_dynamic_is_the_map_of_bitsandbytes(signed):
     """Its generic code, a search for the nearest entry, gives the same codes but for ties; its compiled code
@@ -176,8 +185,12 @@ def test_dynamic_is_the_map_of_bitsandbytes(signed):
     torch.testing.assert_close(back, y, rtol=1e-6, atol=0)
 
 
-@kills(REF, "x *= d * d if name in SECOND else d", "x *= d * d")
-@kills(REF, "value = value * (inverse * inverse if second else inverse)", "value = value * inverse")
+@kills("kernels/reference.py", "x *= d * d if name in SECOND else d", "x *= d * d")
+@kills(
+    "kernels/reference.py",
+    "value = value * (inverse * inverse if second else inverse)",
+    "value = value * inverse",
+)
 def test_eight_bit_adam_stays_near_fp32():
     """64 x 256, columns as 1/j, 300 steps: u is 2% off with the column scale, 76% without."""
     g = torch.Generator().manual_seed(0)
