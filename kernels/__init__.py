@@ -5,8 +5,23 @@ interpreter), "auto" Triton on CUDA and the reference elsewhere. It is an argume
 Imports torch and triton only.
 """
 
-from .dispatch import adam_, choose, cross_entropy_, plan
+from .dispatch import adam_, adam_direction, choose, cross_entropy_, plan
 from .lift import lift_
-from .reference import Column, stochastic_bf16
+from .reference import QUANT, SECOND, Column, dequantise, load, quantise, save_, stochastic_bf16
 
-__all__ = ["Column", "adam_", "choose", "lift_", "cross_entropy_", "plan", "stochastic_bf16"]
+__all__ = [
+    "QUANT",
+    "SECOND",
+    "Column",
+    "adam_",
+    "adam_direction",
+    "choose",
+    "cross_entropy_",
+    "dequantise",
+    "lift_",
+    "load",
+    "plan",
+    "quantise",
+    "save_",
+    "stochastic_bf16",
+]

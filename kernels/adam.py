@@ -1,9 +1,14 @@
-"""AdamW over all parameters in one launch: see reference.adam for what it computes.
+"""Adam in one pass over memory, moments in fp32, bf16 or 8 bit: reference.adam and reference.adam_direction.
 
-Per parameter, eager or compiled, an update costs the host some 50 microseconds, 11 ms a step for the 219
-tensors of a 1B model. Here the host writes a table of addresses, and each program finds its tensor and block
-in it. Bytes moved per number: weight read and written, gradient read, two moments read and written: 22 with
-bf16 weights and fp32 moments, 14 with bf16 moments.
+adam_kernel updates all parameters of one kind in one launch. Per parameter, eager or compiled, an update
+costs the host some 50 microseconds, 11 ms a step for the 219 tensors of a 1B model. Here the host writes a
+table of addresses, and each program finds its tensor and tile in it. Bytes moved per number (weight read and
+written, gradient read, two moments read and written), bf16 weights: 22 with fp32 moments, 14 with bf16, 10
+with 8 bit.
+
+direction_kernel turns one projected gradient into a direction: 8 bytes a number in bf16 with 8-bit moments.
+
+A program's tile is TILE numbers as (BLOCKS, WIDTH): in 8 bit a row of it is one quant block.
 """
 
 from __future__ import annotations
@@ -13,16 +18,20 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-BLOCK = 2048  # numbers of a program
+from .reference import FLOOR, QUANT
+
+TILE = 2048  # numbers of a program: 16 a thread, so that 8-bit moments too are read 16 bytes at a time
 WARPS = 4
-DTYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16}
-TRITON_NAMES = {torch.float32: "fp32", torch.bfloat16: "bf16"}
-# (weights, gradient, moments) that the launcher can choose; each is compiled ahead of time in the tests
-VARIANTS = [
-    (torch.bfloat16, torch.bfloat16, torch.float32),
-    (torch.bfloat16, torch.bfloat16, torch.bfloat16),
-    (torch.float32, torch.float32, torch.float32),
-    (torch.float32, torch.float32, torch.bfloat16),
+LEAST = tl.constexpr(FLOOR)
+DTYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.int8: tl.int8}
+# What the launchers can choose; each is compiled ahead of time in the tests.
+VARIANTS = [(weight, moment) for weight in (torch.bfloat16, torch.float32) for moment in DTYPES]
+DIRECTION_VARIANTS = [  # gradient, result, moments, with a column scale
+    (grad, out, moment, scaled)
+    for grad in (torch.bfloat16, torch.float32)
+    for out in (torch.bfloat16, torch.float32)
+    for moment in DTYPES
+    for scaled in ((False, True) if moment == torch.int8 else (False,))
 ]
 
 
@@ -36,95 +45,259 @@ def _noise(element, t, index):
 
 
 @triton.jit
-def _update(
-    w_ptr, g_ptr, m_ptr, v_ptr, at, mask, row, beta1, rest1, beta2, rest2, eps,
-    MOMENT: tl.constexpr, MASKED: tl.constexpr,
-):  # fmt: skip
+def _read(pointers, mask, MASKED: tl.constexpr):
     if MASKED:
-        w = tl.load(w_ptr + at, mask=mask, other=0.0)
-        g = tl.load(g_ptr + at, mask=mask, other=0.0).to(tl.float32)
-        m = tl.load(m_ptr + at, mask=mask, other=0.0).to(tl.float32)
-        v = tl.load(v_ptr + at, mask=mask, other=0.0).to(tl.float32)
+        x = tl.load(pointers, mask=mask, other=0)
     else:
-        w = tl.load(w_ptr + at)
-        g = tl.load(g_ptr + at).to(tl.float32)
-        m = tl.load(m_ptr + at).to(tl.float32)
-        v = tl.load(v_ptr + at).to(tl.float32)
+        x = tl.load(pointers)
+    return x.to(tl.float32)
+
+
+@triton.jit
+def _write(pointers, x, mask, MASKED: tl.constexpr):
+    if MASKED:
+        tl.store(pointers, x, mask=mask)
+    else:
+        tl.store(pointers, x)
+
+
+@triton.jit
+def _step(
+    g,  # (BLOCKS, WIDTH) fp32
+    m_ptr,
+    v_ptr,
+    m_scale,
+    v_scale,
+    d,  # (1, WIDTH) fp32 column scale; used where SCALED
+    at,  # (BLOCKS, WIDTH) where in the tensor
+    mask,
+    unit,  # (BLOCKS,) number of the quant block
+    inside,
+    row,  # Column
+    beta1,
+    rest1,
+    beta2,
+    rest2,
+    eps,
+    MOMENT: tl.constexpr,
+    SCALED: tl.constexpr,
+    MASKED: tl.constexpr,
+):
+    """A tile's direction; its moments are read, updated and written."""
+    m = _read(m_ptr + at, mask, MASKED)
+    v = _read(v_ptr + at, mask, MASKED)
+    if MOMENT == tl.int8:
+        m = m * (1 / 127) * _read(m_scale + unit, inside, MASKED)[:, None]
+        v = v * (1 / 255)
+        v = v * v * _read(v_scale + unit, inside, MASKED)[:, None]
+        if SCALED:
+            m = m * d
+            v = v * (d * d)
     g = g * tl.load(row + 2)
     m = beta1 * m + rest1 * g
     v = beta2 * v + rest2 * g * g
-    direction = (m / tl.load(row + 6)) / (tl.sqrt(v / tl.load(row + 7)) + eps)
-    new = (w.to(tl.float32) * tl.load(row + 1) - tl.load(row) * direction).to(w.dtype)
-    if MOMENT == tl.bfloat16:
-        noise = _noise(at, tl.load(row + 4), tl.load(row + 5))
-        v = ((v.to(tl.int32, bitcast=True) + noise) & -65536).to(tl.float32, bitcast=True)
-    if MASKED:
-        tl.store(w_ptr + at, new, mask=mask)
-        tl.store(m_ptr + at, m.to(MOMENT), mask=mask)
-        tl.store(v_ptr + at, v.to(MOMENT), mask=mask)
+    root = tl.sqrt(v)  # the one square root a number: the direction's and the code's
+    direction = (m * (1 / tl.load(row + 6))) / (root * (1 / tl.sqrt(tl.load(row + 7))) + eps)
+    if MOMENT == tl.int8:
+        if SCALED:
+            inverse = 1 / d
+            m = m * inverse
+            v = v * (inverse * inverse)
+            root = root * inverse
+        a = tl.maximum(tl.max(tl.abs(m), 1), LEAST)
+        b = tl.maximum(tl.max(v, 1), LEAST)
+        code = tl.floor(root * (255 / tl.sqrt(b))[:, None] + 0.5)
+        code = tl.where(v > 0, tl.maximum(code, 1.0), code)
+        _write(m_scale + unit, a, inside, MASKED)
+        _write(v_scale + unit, b, inside, MASKED)
+        _write(m_ptr + at, tl.floor(m * (127 / a)[:, None] + 0.5).to(tl.int8), mask, MASKED)
+        _write(v_ptr + at, code.to(tl.uint8), mask, MASKED)
     else:
-        tl.store(w_ptr + at, new)
-        tl.store(m_ptr + at, m.to(MOMENT))
-        tl.store(v_ptr + at, v.to(MOMENT))
+        if MOMENT == tl.bfloat16:
+            noise = _noise(at, tl.load(row + 4), tl.load(row + 5))
+            v = ((v.to(tl.int32, bitcast=True) + noise) & -65536).to(tl.float32, bitcast=True)
+        _write(m_ptr + at, m.to(MOMENT), mask, MASKED)
+        _write(v_ptr + at, v.to(MOMENT), mask, MASKED)
+    return direction
+
+
+@triton.jit
+def _dense(
+    w_ptr, g_ptr, m_ptr, v_ptr, m_scale, v_scale, at, mask, unit, inside, row,
+    beta1, rest1, beta2, rest2, eps, WEIGHT: tl.constexpr, MOMENT: tl.constexpr, MASKED: tl.constexpr,
+):  # fmt: skip
+    w = _read(w_ptr + at, mask, MASKED)
+    g = _read(g_ptr + at, mask, MASKED)
+    direction = _step(
+        g, m_ptr, v_ptr, m_scale, v_scale, g, at, mask, unit, inside, row, beta1, rest1, beta2, rest2, eps,
+        MOMENT, False, MASKED,
+    )  # fmt: skip
+    w = w * tl.load(row + 1) - tl.load(row) * direction
+    _write(w_ptr + at, w.to(WEIGHT), mask, MASKED)
 
 
 @triton.jit
 def adam_kernel(
-    addresses,  # (tensors, 5) int64: addresses of w, g, m, v, and how many numbers
-    blocks,  # (programs, 2) int32: tensor, block in it
-    table,  # (tensors, 8) fp32: reference.Column
+    addresses,  # (tensors, 9) int64: w, g, m, v, scales of m and v (or 0), numbers, columns, row of the table
+    tiles,  # (programs, 2) int32: tensor, tile in it
+    table,  # (parameters, 8) fp32: reference.Column
     beta1,
     rest1,  # 1 - beta1, from the host's float64: in fp32 1 - 0.999 is off by 1.3e-5 of itself
     beta2,
     rest2,
     eps,
     WEIGHT: tl.constexpr,
-    GRAD: tl.constexpr,
     MOMENT: tl.constexpr,
-    BLOCK: tl.constexpr,
+    BLOCKS: tl.constexpr,
+    WIDTH: tl.constexpr,
 ):
     program = tl.program_id(0).to(tl.int64)
-    tensor = tl.load(blocks + 2 * program).to(tl.int64)
-    first = tl.load(blocks + 2 * program + 1).to(tl.int64) * BLOCK
-    entry = addresses + 5 * tensor
+    entry = addresses + 9 * tl.load(tiles + 2 * program).to(tl.int64)
+    tile = tl.load(tiles + 2 * program + 1).to(tl.int64)
+    SECOND: tl.constexpr = tl.uint8 if MOMENT == tl.int8 else MOMENT
     # 16-byte alignment is checked by the launcher; it is what makes the accesses 16 bytes wide
     w_ptr = tl.multiple_of(tl.load(entry).to(tl.pointer_type(WEIGHT)), 16)
-    g_ptr = tl.multiple_of(tl.load(entry + 1).to(tl.pointer_type(GRAD)), 16)
+    g_ptr = tl.multiple_of(tl.load(entry + 1).to(tl.pointer_type(WEIGHT)), 16)
     m_ptr = tl.multiple_of(tl.load(entry + 2).to(tl.pointer_type(MOMENT)), 16)
-    v_ptr = tl.multiple_of(tl.load(entry + 3).to(tl.pointer_type(MOMENT)), 16)
-    n = tl.load(entry + 4)
-    row = table + 8 * tensor
-    at = tl.multiple_of(first, BLOCK) + tl.arange(0, BLOCK)
+    v_ptr = tl.multiple_of(tl.load(entry + 3).to(tl.pointer_type(SECOND)), 16)
+    m_scale = tl.load(entry + 4).to(tl.pointer_type(tl.float32))
+    v_scale = tl.load(entry + 5).to(tl.pointer_type(tl.float32))
+    numbers = tl.load(entry + 6)
+    cols = tl.load(entry + 7)
+    row = table + 8 * tl.load(entry + 8)
+    line = tl.arange(0, BLOCKS)
+    lane = tl.arange(0, WIDTH)
     if tl.load(row + 3) > 0:  # a non-finite gradient leaves everything as it was
-        if first + BLOCK <= n:
-            _update(
-                w_ptr, g_ptr, m_ptr, v_ptr, at, at < n, row, beta1, rest1, beta2, rest2, eps, MOMENT, False
-            )
+        if (cols == WIDTH) & ((tile + 1) * (BLOCKS * WIDTH) <= numbers):  # seen as flat, and no end of it
+            at = tile * (BLOCKS * WIDTH) + (line * WIDTH)[:, None] + lane[None, :]
+            unit = tile * BLOCKS + line
+            _dense(
+                w_ptr, g_ptr, m_ptr, v_ptr, m_scale, v_scale, at, at < numbers, unit, unit < numbers, row,
+                beta1, rest1, beta2, rest2, eps, WEIGHT, MOMENT, False,
+            )  # fmt: skip
         else:
-            _update(
-                w_ptr, g_ptr, m_ptr, v_ptr, at, at < n, row, beta1, rest1, beta2, rest2, eps, MOMENT, True
-            )
+            across = tl.cdiv(cols, WIDTH)
+            rows = (tile // across) * BLOCKS + line
+            col = (tile % across) * WIDTH + lane
+            at = rows[:, None] * cols + col[None, :]
+            mask = (col < cols)[None, :] & (at < numbers)
+            unit = rows * across + tile % across
+            _dense(
+                w_ptr, g_ptr, m_ptr, v_ptr, m_scale, v_scale, at, mask, unit, rows * cols < numbers, row,
+                beta1, rest1, beta2, rest2, eps, WEIGHT, MOMENT, True,
+            )  # fmt: skip
 
 
-def block_table(sizes: list[int], device: torch.device, block: int = BLOCK) -> Tensor:
-    """(programs, 2) int32: every block of every tensor, a tensor's blocks in a row."""
-    counts = torch.tensor([-(-n // block) for n in sizes])
+@triton.jit
+def direction_kernel(
+    g_ptr,  # (rows, cols), of row stride `stride`
+    n_ptr,  # (rows, cols) contiguous as the moments, written
+    m_ptr,
+    v_ptr,
+    m_scale,
+    v_scale,
+    d_ptr,  # (cols,) fp32 column scale
+    row,  # (8,) fp32: reference.Column
+    rows,
+    cols,
+    stride,
+    beta1,
+    rest1,
+    beta2,
+    rest2,
+    eps,
+    MOMENT: tl.constexpr,
+    SCALED: tl.constexpr,
+    EVEN: tl.constexpr,  # WIDTH divides cols
+    BLOCKS: tl.constexpr,
+    WIDTH: tl.constexpr,
+):
+    across = tl.cdiv(cols, WIDTH)
+    program = tl.program_id(0)
+    line = (program // across) * BLOCKS + tl.arange(0, BLOCKS)
+    col = (program % across) * WIDTH + tl.arange(0, WIDTH)
+    inside = line < rows
+    mask = inside[:, None]
+    if not EVEN:
+        mask = mask & (col < cols)[None, :]
+    at = line.to(tl.int64)[:, None] * cols + col[None, :]
+    if tl.load(row + 3) > 0:
+        if SCALED:
+            d = tl.load(d_ptr + col, mask=col < cols, other=1.0)[None, :]
+        else:
+            d = 0.0
+        g = _read(g_ptr + line.to(tl.int64)[:, None] * stride + col[None, :], mask, True)
+        direction = _step(
+            g, m_ptr, v_ptr, m_scale, v_scale, d, at, mask, line * across + program % across, inside, row,
+            beta1, rest1, beta2, rest2, eps, MOMENT, SCALED, True,
+        )  # fmt: skip
+        tl.store(n_ptr + at, (-tl.load(row) * direction).to(n_ptr.dtype.element_ty), mask=mask)
+    else:  # nothing is read, so no NaN can leak
+        tl.store(n_ptr + at, tl.zeros((BLOCKS, WIDTH), n_ptr.dtype.element_ty), mask=mask)
+
+
+def columns(shape: torch.Size, moment: torch.dtype) -> int:
+    """How wide adam_kernel sees a tensor: flat, in rows of 256, unless its quant blocks forbid it."""
+    return shape[-1] if moment == torch.int8 and shape[-1] % QUANT else QUANT
+
+
+def tile_table(ws: list[Tensor], moment: torch.dtype) -> Tensor:
+    """(programs, 2) int32: every tile of every tensor, a tensor's in a row; 8 bytes for 2048 numbers."""
+    sizes = [(w.numel(), columns(w.shape, moment)) for w in ws]
+    down = TILE // QUANT
+    counts = torch.tensor([-(-n // (down * cols)) * -(-cols // QUANT) for n, cols in sizes])
     tensor = torch.repeat_interleave(torch.arange(len(sizes)), counts)
     starts = torch.cumsum(counts, 0) - counts
-    return torch.stack([tensor, torch.arange(len(tensor)) - starts[tensor]], 1).to(torch.int32).to(device)
+    return (
+        torch.stack([tensor, torch.arange(len(tensor)) - starts[tensor]], 1).to(torch.int32).to(ws[0].device)
+    )
 
 
 def launch(
-    ws: list[Tensor], gs: list[Tensor], ms: list[Tensor], vs: list[Tensor], table: Tensor, blocks: Tensor,
-    beta1: float, beta2: float, eps: float,
-) -> None:  # fmt: skip
+    ws: list[Tensor],  # all of one dtype
+    gs: list[Tensor],  # likewise, the same
+    states: list[dict[str, Tensor]],  # all of one store
+    indices: list[int],  # the table's rows that they are
+    table: Tensor,
+    tiles: Tensor,  # tile_table(ws)
+    beta1: float,
+    beta2: float,
+    eps: float,
+) -> None:
+    moment = states[0]["m"].dtype
+    names = ("m", "v", "m_scale", "v_scale") if moment == torch.int8 else ("m", "v")
     rows = [
-        [w.data_ptr(), g.data_ptr(), m.data_ptr(), v.data_ptr(), w.numel()]
-        for w, g, m, v in zip(ws, gs, ms, vs, strict=True)
+        [w.data_ptr(), g.data_ptr(), *(s[name].data_ptr() for name in names), *[0] * (4 - len(names))]
+        + [w.numel(), columns(w.shape, moment), n]
+        for w, g, s, n in zip(ws, gs, states, indices, strict=True)
     ]
     addresses = torch.tensor(rows, dtype=torch.int64).to(table.device, non_blocking=True)
-    adam_kernel[(len(blocks),)](
-        addresses, blocks, table, beta1, 1 - beta1, beta2, 1 - beta2, eps,
-        WEIGHT=DTYPES[ws[0].dtype], GRAD=DTYPES[gs[0].dtype], MOMENT=DTYPES[ms[0].dtype],
-        BLOCK=BLOCK, num_warps=WARPS,
+    adam_kernel[(len(tiles),)](
+        addresses, tiles, table, beta1, 1 - beta1, beta2, 1 - beta2, eps, WEIGHT=DTYPES[ws[0].dtype],
+        MOMENT=DTYPES[moment], BLOCKS=TILE // QUANT, WIDTH=QUANT, num_warps=WARPS,
     )  # fmt: skip
+
+
+def launch_direction(
+    g: Tensor, state: dict[str, Tensor], h: Tensor, beta1: float, beta2: float, eps: float, dtype: torch.dtype
+) -> Tensor:
+    n = torch.empty(g.shape, dtype=dtype, device=g.device)
+    moment, d = state["m"].dtype, state.get("d")
+    (rows, cols), stride = g.shape, g.stride(0)
+    if (
+        g.is_contiguous()
+        and d is None
+        and (moment != torch.int8 or cols % QUANT == 0)
+        and g.numel() % QUANT == 0
+    ):
+        rows, cols, stride = g.numel() // QUANT, QUANT, QUANT  # flat
+    width = min(QUANT, max(16, triton.next_power_of_2(cols)))
+    blocks = TILE // width
+    grid = (triton.cdiv(rows, blocks) * triton.cdiv(cols, width),)
+    if g.numel():
+        direction_kernel[grid](
+            g, n, state["m"], state["v"], state.get("m_scale"), state.get("v_scale"), d, h,
+            rows, cols, stride, beta1, 1 - beta1, beta2, 1 - beta2, eps, MOMENT=DTYPES[moment],
+            SCALED=d is not None, EVEN=cols % width == 0, BLOCKS=blocks, WIDTH=width, num_warps=WARPS,
+        )  # fmt: skip
+    return n

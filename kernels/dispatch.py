@@ -13,16 +13,19 @@ from . import reference
 Impl = Literal["auto", "triton", "ref"]
 
 
-def choose(tensors: list[Tensor], impl: Impl, dtypes: tuple[torch.dtype, ...]) -> str:
+State = dict[str, Tensor]  # of one tensor: reference.py says what is in it
+FLOATS = (torch.float32, torch.bfloat16)
+
+
+def choose(tensors: list[Tensor], impl: Impl, dtypes: tuple[torch.dtype, ...], problem: str = "") -> str:
     """ "triton" or "ref". ValueError where impl="triton" cannot run, with what is in the way."""
-    problem = ""
     for t in tensors:
+        if problem:
+            break
         if t.dtype not in dtypes:
             problem = f"dtype {t.dtype}"
         elif not t.is_contiguous() or t.data_ptr() % 16:
             problem = "a tensor that is not contiguous on a 16-byte boundary"
-        if problem:
-            break
     if impl == "triton" and problem:
         raise ValueError(f"impl=triton: {problem} is not supported; use ref or auto")
     if impl == "auto":
@@ -30,42 +33,89 @@ def choose(tensors: list[Tensor], impl: Impl, dtypes: tuple[torch.dtype, ...]) -
     return impl
 
 
-def plan(ws: list[Tensor]) -> Tensor | None:
-    """What adam_ needs to know of the sizes, made once: 8 bytes for 2048 numbers; None for the reference."""
+def _kinds(
+    ws: list[Tensor], gs: list[Tensor], states: list[State]
+) -> dict[tuple[torch.dtype, ...], list[int]]:
+    """Which parameters share their dtypes of weight, gradient and moments: those go in one launch."""
+    kinds: dict[tuple[torch.dtype, ...], list[int]] = {}
+    for n, (w, g, state) in enumerate(zip(ws, gs, states, strict=True)):
+        kinds.setdefault((w.dtype, g.dtype, state["m"].dtype), []).append(n)
+    return kinds
+
+
+def _book(moment: torch.dtype) -> str:
+    """What of the 8-bit store keeps the kernels from running."""
+    eight = moment == torch.int8 and reference.BOOK != "linear"
+    return f"the code book {reference.BOOK}" if eight else ""
+
+
+def plan(ws: list[Tensor], states: list[State]) -> dict[tuple[int, ...], Tensor] | None:
+    """What adam_ needs to know of the sizes, made once; None for the reference.
+
+    Gradients are expected in the weights' dtype.
+    """
     if not ws[0].is_cuda and "TRITON_INTERPRET" not in os.environ:
         return None
     from . import adam
 
-    return adam.block_table([w.numel() for w in ws], ws[0].device)
+    kinds = _kinds(ws, ws, states)
+    return {tuple(ns): adam.tile_table([ws[n] for n in ns], kind[2]) for kind, ns in kinds.items()}
 
 
 def adam_(
     ws: list[Tensor],  # weights, one tensor a parameter as in all lists, any shape; in place but for gs
     gs: list[Tensor],  # gradients
-    ms: list[Tensor],  # first moments
-    vs: list[Tensor],  # second moments
+    states: list[State],  # "m" and "v", each parameter's in a store of its own
     table: Tensor,  # (parameters, 8) fp32 (float64 weights: float64), reference.Column
-    blocks: Tensor | None,  # plan(ws)
+    plan: dict[tuple[int, ...], Tensor] | None,  # plan(ws, states)
     beta1: float,
     beta2: float,
     eps: float,
     impl: Impl = "auto",
 ) -> None:
-    """reference.adam for every parameter.
+    """reference.adam for every parameter; Triton takes one launch for all that share their dtypes."""
+    for (weight, grad, moment), ns in _kinds(ws, gs, states).items():
+        w, g, s = [ws[n] for n in ns], [gs[n] for n in ns], [states[n] for n in ns]
+        problem = _book(moment)
+        if weight != grad:
+            problem = f"{grad} gradients of {weight} weights"
+        if any("d" in state for state in s):
+            problem = "a column scale in a dense update"
+        tensors = [*w, *g, table, *(t for state in s for t in state.values())]
+        if choose(tensors, impl, (*FLOATS, torch.int8, torch.uint8), problem) == "triton":
+            from . import adam
 
-    Triton does it in one launch and needs all weights of one dtype, likewise gradients and moments.
-    """
-    kinds = {tuple(t.dtype for t in four) for four in zip(ws, gs, ms, vs, strict=True)}
-    wanted = impl if len(kinds) == 1 or impl != "auto" else "ref"
-    if choose([*ws, *gs, *ms, *vs], wanted, (torch.float32, torch.bfloat16)) == "triton":
-        from . import adam
+            tiles = plan.get(tuple(ns)) if plan else None
+            if tiles is None:
+                tiles = adam.tile_table(w, moment)
+            adam.launch(w, g, s, ns, table, tiles, beta1, beta2, eps)
+        else:
+            for n in ns:
+                reference.adam(ws[n], gs[n], states[n], table[n], beta1, beta2, eps)
 
-        if blocks is None:
-            blocks = adam.block_table([w.numel() for w in ws], table.device)
-        adam.launch(ws, gs, ms, vs, table, blocks, beta1, beta2, eps)
-        return
-    for n, (w, g, m, v) in enumerate(zip(ws, gs, ms, vs, strict=True)):
-        reference.adam(w.view(-1), g.view(-1), m.view(-1), v.view(-1), table[n], beta1, beta2, eps)
+
+def adam_direction(
+    g: Tensor,  # (rows, cols) projected gradient, contiguous in its rows, which may lie apart
+    state: State,  # "m" and "v" of g's shape, in place
+    h: Tensor,  # (8,) fp32 (float64 g: float64): the parameter's row of the table
+    beta1: float,
+    beta2: float,
+    eps: float,
+    dtype: torch.dtype,  # of the result
+    impl: Impl = "auto",
+) -> Tensor:
+    """reference.adam_direction, same arguments: (rows, cols) contiguous, -lr times Adam's direction."""
+    problem = _book(state["m"].dtype)
+    if g.dtype not in FLOATS or dtype not in FLOATS:
+        problem = f"{g.dtype} to {dtype}"
+    elif g.ndim != 2 or g.stride(1) != 1:
+        problem = "a gradient whose rows are not contiguous"
+    tensors = [h, *state.values()]
+    if choose(tensors, impl, (*FLOATS, torch.int8, torch.uint8), problem) == "ref":
+        return reference.adam_direction(g, state, h, beta1, beta2, eps, dtype)
+    from . import adam
+
+    return adam.launch_direction(g, state, h, beta1, beta2, eps, dtype)
 
 
 def cross_entropy_(

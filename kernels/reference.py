@@ -1,11 +1,26 @@
-"""What the kernels compute, in plain torch, in any float dtype. These functions are the specification."""
+"""What the kernels compute, in plain torch, in any float dtype. These functions are the specification.
+
+State of one tensor: a dict. "m" and "v" of its shape in fp32, bf16 or (float64 weights) float64, or in 8 bit:
+"m" int8, "v" uint8, "m_scale", "v_scale" (rows, ceil(cols / 256)) fp32, and, where the columns of the tensor
+differ much, "d" (cols,) fp32: m / d and v / d^2 are what is quantised.
+"""
 
 from __future__ import annotations
 
 from enum import IntEnum
+from typing import Literal
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
+
+QUANT = (
+    256  # numbers that share a scale; a block never crosses a row, so any split by rows gives the same codes
+)
+FLOOR = 2.0**-100  # least scale: FLOOR / 255^2, what a code 1 decodes to, is still a normal fp32 number
+SECOND = ("v",)  # state that is never negative: unsigned codes, stochastic rounding in bf16
+Book = Literal["linear", "dynamic"]
+BOOK: Book = "linear"  # of all 8-bit states; read at the call
 
 
 class Column(IntEnum):
@@ -21,11 +36,42 @@ class Column(IntEnum):
     FIX2 = 7  # and 1 - beta2^t
 
 
+def adam_core(
+    g: Tensor,  # gradient, fp32 or float64, before clipping
+    m: Tensor,  # first moment, of g's shape and dtype
+    v: Tensor,  # second moment, likewise
+    h: Tensor,  # (8,) fp32 or float64: Column
+    beta1: float,
+    beta2: float,
+    eps: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Direction and fresh moments: Kingma and Ba, Algorithm 1.
+
+    m <- b1 m + (1 - b1) g;  v <- b2 v + (1 - b2) g^2;  direction = (m / fix1) / (sqrt(v) / sqrt(fix2) + eps)
+
+    eps is added to the corrected root, as in the paper and in torch.optim.AdamW.
+    """
+    g = g * h[Column.CLIP]
+    m = beta1 * m + (1 - beta1) * g
+    v = beta2 * v + (1 - beta2) * g * g
+    return (m / h[Column.FIX1]) / (torch.sqrt(v) / torch.sqrt(h[Column.FIX2]) + eps), m, v
+
+
+def _direction(
+    g: Tensor, state: dict[str, Tensor], h: Tensor, beta1: float, beta2: float, eps: float, wide: torch.dtype
+) -> Tensor:
+    """adam_core on a stored state, which it updates. The fresh moments are used before they are rounded."""
+    m, v = load(state, "m", wide), load(state, "v", wide)
+    direction, m, v = adam_core(g.to(wide), m, v, h, beta1, beta2, eps)
+    for name, value in (("m", m), ("v", v)):
+        save_(state, name, value, h[Column.OK], h[Column.T], h[Column.INDEX])
+    return direction
+
+
 def adam(
-    w: Tensor,  # (n,) weights, any float dtype, updated in place
-    g: Tensor,  # (n,) gradient, any float dtype
-    m: Tensor,  # (n,) first moment, fp32, bf16 or (float64 weights) float64, in place
-    v: Tensor,  # (n,) second moment, likewise, in place
+    w: Tensor,  # weights, any shape and float dtype, updated in place
+    g: Tensor,  # gradient, of w's shape, any float dtype
+    state: dict[str, Tensor],  # in place
     h: Tensor,  # (8,) fp32 or float64: Column
     beta1: float,
     beta2: float,
@@ -33,23 +79,147 @@ def adam(
 ) -> None:
     """One AdamW update (Loshchilov and Hutter, Algorithm 2), all in fp32 (float64 weights: float64).
 
-    m <- b1 m + (1 - b1) g;  v <- b2 v + (1 - b2) g^2;  w <- keep w - lr (m / fix1) / (sqrt(v / fix2) + eps)
-
-    eps is added to the corrected root, as in the paper and in torch.optim.AdamW. The fresh moments are used
-    before they are rounded to their store. A bf16 v rounds stochastically, seeded by (t, index, element):
-    with beta2 = 0.999 every one of the 128 bf16 mantissas times 0.999 rounds back to itself, so nearest
-    rounding would never let v fall. Where ok is 0 nothing changes.
+    w <- keep w - lr direction. Where ok is 0 nothing changes.
     """
-    wide = torch.float64 if w.dtype == torch.float64 else torch.float32
-    ok = h[Column.OK] > 0
-    g = g.to(wide) * h[Column.CLIP]
-    new_m = beta1 * m.to(wide) + (1 - beta1) * g
-    new_v = beta2 * v.to(wide) + (1 - beta2) * g * g
-    direction = (new_m / h[Column.FIX1]) / (torch.sqrt(new_v / h[Column.FIX2]) + eps)
-    w.copy_(torch.where(ok, w.to(wide) * h[Column.KEEP] - h[Column.LR] * direction, w.to(wide)))
-    m.copy_(torch.where(ok, new_m, m.to(wide)))
-    stored = stochastic_bf16(new_v, h[Column.T], h[Column.INDEX]) if v.dtype == torch.bfloat16 else new_v
-    v.copy_(torch.where(ok, stored, v))
+    wide = torch.promote_types(w.dtype, torch.float32)
+    direction = _direction(g, state, h, beta1, beta2, eps, wide)
+    new = w.to(wide) * h[Column.KEEP] - h[Column.LR] * direction
+    w.copy_(torch.where(h[Column.OK] > 0, new, w.to(wide)))
+
+
+def adam_direction(
+    g: Tensor,  # (rows, cols) projected gradient, any float dtype and strides
+    state: dict[str, Tensor],  # in place
+    h: Tensor,  # (8,) fp32 or float64: Column
+    beta1: float,
+    beta2: float,
+    eps: float,
+    dtype: torch.dtype,  # of the result
+) -> Tensor:
+    """(rows, cols): -lr direction, to be lifted to the weight; zero and the state untouched where ok is 0."""
+    wide = torch.promote_types(g.dtype, torch.float32)
+    direction = _direction(g, state, h, beta1, beta2, eps, wide)
+    return torch.where(h[Column.OK] > 0, -h[Column.LR] * direction, 0.0).to(dtype)
+
+
+def load(state: dict[str, Tensor], name: str, wide: torch.dtype) -> Tensor:
+    """state[name], whatever its store, as a fresh tensor of dtype `wide` (fp32 or float64)."""
+    stored, scales = state[name], state.get(f"{name}_scale")
+    if scales is None:
+        return stored.to(wide, copy=True)
+    x = dequantise(stored.view(-1, stored.shape[-1]), scales, wide=wide)
+    if "d" in state:
+        d = state["d"].to(wide)
+        x *= d * d if name in SECOND else d
+    return x.view(stored.shape)
+
+
+def save_(
+    state: dict[str, Tensor],
+    name: str,
+    value: Tensor,  # of the state's shape, fp32 or float64
+    ok: Tensor,  # () nothing changes where it is 0
+    t: Tensor,  # () with `index` the seed of stochastic rounding
+    index: Tensor,  # ()
+) -> None:
+    """state[name] <- value, rounded to its store.
+
+    bf16 rounds "v" stochastically, seeded by (t, index, element): with beta2 = 0.999 every one of the 128
+    bf16 mantissas times 0.999 rounds back to itself, so nearest rounding would never let v fall.
+    """
+    stored, scales, second = state[name], state.get(f"{name}_scale"), name in SECOND
+    if scales is not None:
+        if "d" in state:
+            inverse = 1 / state["d"].to(value.dtype)
+            value = value * (inverse * inverse if second else inverse)
+        codes, fresh = quantise(value.reshape(-1, value.shape[-1]), signed=not second)
+        scales.copy_(torch.where(ok > 0, fresh, scales))
+        value = codes.view(stored.shape)
+    elif second and stored.dtype == torch.bfloat16:
+        value = stochastic_bf16(value.reshape(-1), t, index).view(stored.shape)
+    stored.copy_(torch.where(ok > 0, value, stored))
+
+
+def quantise(
+    x: Tensor,  # (rows, cols) fp32 or float64, x >= 0 unless signed
+    signed: bool,
+    book: Book | None = None,  # None: BOOK
+) -> tuple[Tensor, Tensor]:
+    """Codes (rows, cols) int8 (unsigned: uint8) and scales (rows, ceil(cols / 256)) fp32, 2^-100 at least.
+
+    With a = the block's largest |x|, the scale:
+    linear   signed  round(127 x / a);  unsigned  round(255 sqrt(x) / sqrt(a)), at least 1 where x > 0: with a
+             second moment of 0 the next Adam step would divide by sqrt((1 - beta2) g^2)
+    dynamic  nearest entry of bitsandbytes' map, in closed form
+    """
+    cols = x.shape[1]
+    x = F.pad(x, (0, -cols % QUANT)).unflatten(1, (-1, QUANT))
+    scales = x.abs().amax(2).clamp(min=FLOOR).float()
+    a = scales.to(x.dtype)[:, :, None]
+    if (book or BOOK) == "dynamic":
+        codes = _dynamic_code(x / a, signed)
+    elif signed:
+        codes = torch.floor(x * (127 / a) + 0.5)
+    else:
+        codes = torch.maximum(torch.floor(torch.sqrt(x) * (255 / torch.sqrt(a)) + 0.5), (x > 0).to(x.dtype))
+    return codes.to(torch.int8 if signed else torch.uint8).flatten(1)[:, :cols].contiguous(), scales
+
+
+def dequantise(
+    codes: Tensor,  # (rows, cols) int8: signed, or uint8
+    scales: Tensor,  # (rows, ceil(cols / 256)) fp32
+    book: Book | None = None,  # None: BOOK
+    wide: torch.dtype = torch.float32,
+) -> Tensor:
+    """(rows, cols) of dtype `wide`. linear: a (c / 127) or a (c / 255)^2; the block's largest is exact."""
+    signed, c = codes.dtype == torch.int8, codes.to(wide)
+    if (book or BOOK) == "dynamic":
+        x = _dynamic_value(c, signed)
+    elif signed:
+        x = c * (1 / 127)
+    else:
+        x = (c * (1 / 255)).square()
+    return x * scales.to(wide).repeat_interleave(QUANT, 1)[:, : c.shape[1]]
+
+
+def _dynamic_code(
+    y: Tensor,  # in [-1, 1]
+    signed: bool,
+) -> Tensor:
+    """The nearest entry's number in bitsandbytes' map, less 128 where signed (it is stored as int8).
+
+    The map: in each decade, from 10^(e-7) to 10^(e-6) for e = 0 .. 6, the midpoints of 2^e equal parts
+    (unsigned: 2^(e+1)) with either sign; 0; and +1: the most negative entry is -0.993.
+    """
+    b, size = (1 if signed else 2), y.abs()
+    e = torch.zeros_like(y)
+    for n in range(1, 7):
+        e += size >= 10.0 ** (n - 7) * (1 + 1.8 / (b * 2**n))
+    parts = b * torch.exp2(e)
+    i = torch.floor((_decade(6 - e) * size - 0.1) / 0.9 * parts).clamp(min=0)
+    k = torch.minimum(i, parts - 1) + (parts if signed else parts - 1)
+    k = torch.where(size < 1e-6 * (0.05 + 0.225 / b), 0, k)
+    if not signed:
+        return torch.where(y >= 1 - 0.225 / 128, 255, k)
+    return torch.where(y >= 1 - 0.225 / 64, 127, torch.where(y < 0, -1 - k, k - 1))
+
+
+def _dynamic_value(
+    c: Tensor,  # codes, as floats
+    signed: bool,
+) -> Tensor:
+    k = (c + 1).abs() if signed else c + 1  # of the zero: 0, unsigned 1
+    e = (torch.frexp(k).exponent - 1).to(c.dtype) - (0 if signed else 1)
+    parts = torch.exp2(e) * (1 if signed else 2)
+    x = (0.1 + 0.9 * (k - parts + 0.5) / parts) / _decade(6 - e)
+    if not signed:
+        return torch.where(c == 0, 0, torch.where(c == 255, 1, x))
+    return torch.where(c == -1, 0, torch.where(c == 127, 1, torch.where(c < -1, -x, x)))
+
+
+def _decade(n: Tensor) -> Tensor:
+    """10^n of small whole n >= 0; torch.pow(10, n) is an ulp off in fp32 at some of them."""
+    return torch.round(torch.pow(10.0, n))
 
 
 def stochastic_bf16(x: Tensor, t: Tensor, index: Tensor) -> Tensor:

@@ -61,8 +61,6 @@ def attach(
     """
     cfg = config(method, overrides)
     problems = cfg.problems()
-    if method != "adamw":
-        problems.append(f"method={method}: not built yet; use adamw")
     if accum_steps < 1:
         problems.append(f"accum_steps={accum_steps}: must be at least 1")
     if accum_steps > 1 and cfg.clip_mode == "two_pass":

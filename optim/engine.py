@@ -303,7 +303,7 @@ class Engine(torch.optim.Optimizer):
             ws, states = [local(u.param) for u in units], [u.state for u in units]
             key = tuple(u.index for u in units)
             if key not in self._plans:
-                self._plans[key] = None
+                self._plans[key] = kernels.plan(ws, states)
             table = self.scalars.table[self.scalars.rows(units)]
             rule.update_(ws, [g for _, g in some], states, table, self._plans[key])
             for u in units:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -14,6 +15,8 @@ from .rule import Rule
 
 @dataclass(frozen=True)
 class Adam(Rule):
+    """Written as kernels, one pass over the moments in whatever store, instead of as `direction`."""
+
     beta1: float = 0.9
     beta2: float = 0.999
     eps: float = 1e-8
@@ -31,8 +34,15 @@ class Adam(Rule):
         ]
         return torch.stack(fixes, 1).to(t.dtype)
 
-    def direction(self, g, m, t):
-        m["m"] = self.beta1 * m["m"] + (1 - self.beta1) * g
-        m["v"] = self.beta2 * m["v"] + (1 - self.beta2) * g * g
-        f = self.scalars(t[None])[0]
-        return (m["m"] / f[0]) / (torch.sqrt(m["v"] / f[1]) + self.eps)
+    def step_(self, g: Tensor, state: dict[str, Tensor], h: Tensor, dtype: torch.dtype) -> Tensor:
+        return kernels.adam_direction(g, state, h, self.beta1, self.beta2, self.eps, dtype)
+
+    def update_(
+        self,
+        ws: list[Tensor],
+        gs: list[Tensor],
+        states: list[dict[str, Tensor]],
+        table: Tensor,
+        plan: Any,
+    ) -> None:
+        kernels.adam_(ws, gs, states, table, plan, self.beta1, self.beta2, self.eps)

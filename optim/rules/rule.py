@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -51,7 +53,7 @@ class Rule:
         gs: list[Tensor],
         states: list[dict[str, Tensor]],
         table: Tensor,  # (n, 8) kernels.Column
-        plan: object,  # kernels.plan(ws, states)
+        plan: Any,  # kernels.plan(ws, states)
     ) -> None:
         """Dense parameters: W <- keep W - lr * direction."""
         for w, g, state, h in zip(ws, gs, states, table, strict=True):

@@ -1,6 +1,9 @@
 """Every variant compiled ahead of time for five cards, without a GPU; a process of test_kernels.py."""
 
+import multiprocessing
+import os
 import sys
+from concurrent.futures import ProcessPoolExecutor
 
 import torch
 import triton
@@ -11,32 +14,74 @@ from kernels import adam, cross_entropy
 
 CARDS = (80, 86, 89, 90, 120)  # A100, RTX 3090, RTX 4090, H100 and H200, RTX 5090
 SHARED = 101_376  # bytes a program may have on a 3090, 4090 or 5090
+TYPES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.int8: "i8"}
+BETAS = dict.fromkeys(("beta1", "rest1", "beta2", "rest2", "eps"), "fp32")
 
-failed = False
 
+def check(kernel, arguments, constants, warps, aligned, card, what):
+    """Cubin within the card's shared memory, with 16-byte loads and stores if `aligned` is a list.
 
-def check(kernel, arguments, constants, warps, *what):
-    """Cubin for every card within its shared memory, with 16-byte accesses."""
-    global failed
+    aligned: names of the arguments that 16 divides, as a launch finds by itself; the compiler is told here.
+    """
     signature = arguments | dict.fromkeys(constants, "constexpr")
-    for card in CARDS:
-        source = ASTSource(kernel, signature, constants)
-        built = triton.compile(source, target=GPUTarget("cuda", card, 32), options={"num_warps": warps})
-        wide = built.asm["ptx"].count("ld.global.v4")
-        ok = len(built.asm["cubin"]) > 0 and built.metadata.shared <= SHARED
-        ok &= wide > 0 or kernel is not adam.adam_kernel
-        failed |= not ok
-        print("ok " if ok else "BAD", card, *what, "shared", built.metadata.shared, "16-byte loads", wide)
+    attrs = {(kernel.arg_names.index(name),): [["tt.divisibility", 16]] for name in aligned or ()}
+    source = ASTSource(kernel, signature, constants, attrs)
+    built = triton.compile(source, target=GPUTarget("cuda", card, 32), options={"num_warps": warps})
+    ptx = built.asm["ptx"]
+    wide = [ptx.count("ld.global.v4"), ptx.count("st.global.v4")]
+    ok = (
+        len(built.asm["cubin"]) > 0 and built.metadata.shared <= SHARED and (min(wide) > 0 or aligned is None)
+    )
+    return ok, f"{card} {what} shared {built.metadata.shared} 16-byte {wide}"
 
 
-for weight, grad, moment in adam.VARIANTS:
-    kinds = {"WEIGHT": adam.DTYPES[weight], "GRAD": adam.DTYPES[grad], "MOMENT": adam.DTYPES[moment]}
-    arguments = {"addresses": "*i64", "blocks": "*i32", "table": "*fp32"}
-    arguments |= dict.fromkeys(("beta1", "rest1", "beta2", "rest2", "eps"), "fp32")
-    check(adam.adam_kernel, arguments, kinds | {"BLOCK": adam.BLOCK}, adam.WARPS, "adam", weight, moment)
-for dtype, grad in cross_entropy.VARIANTS:
-    pointer = {torch.float32: "*fp32", torch.bfloat16: "*bf16"}[dtype]
-    arguments = {"logits": pointer, "labels": "*i64", "nll": "*fp32", "V": "i32", "ignore": "i32"}
-    constants = {"GRAD": grad, "BLOCK": cross_entropy.BLOCK}
-    check(cross_entropy.cross_entropy_kernel, arguments, constants, cross_entropy.WARPS, "loss", dtype, grad)
-sys.exit(failed)
+def cases():
+    for weight, moment in adam.VARIANTS:
+        kinds = {"WEIGHT": adam.DTYPES[weight], "MOMENT": adam.DTYPES[moment]}
+        kinds |= {"BLOCKS": adam.TILE // adam.QUANT, "WIDTH": adam.QUANT}
+        arguments = {"addresses": "*i64", "tiles": "*i32", "table": "*fp32"} | BETAS
+        yield adam.adam_kernel, arguments, kinds, adam.WARPS, [], f"adam {weight} {moment}"
+    for grad, out, moment, scaled in adam.DIRECTION_VARIANTS:
+        pointers = {"g_ptr": grad, "n_ptr": out, "m_ptr": moment, "row": torch.float32}
+        arguments = {name: f"*{TYPES[dtype]}" for name, dtype in pointers.items()}
+        arguments["v_ptr"] = "*u8" if moment == torch.int8 else arguments["m_ptr"]
+        arguments |= dict.fromkeys(("rows", "cols", "stride"), "i32") | BETAS
+        kinds = {"MOMENT": adam.DTYPES[moment], "SCALED": scaled}
+        eight = moment == torch.int8
+        for name, given in (("m_scale", eight), ("v_scale", eight), ("d_ptr", scaled)):
+            (arguments if given else kinds)[name] = "*fp32" if given else None
+        even = [n for n in arguments if n not in BETAS and n != "rows"]
+        shapes = {"4096 x 1024": (256, True, even)}
+        if grad == out == torch.bfloat16 and eight:
+            shapes |= {"4096 x 128": (128, True, even), "512 x 5461": (256, False, None)}
+        for shape, (width, whole, aligned) in shapes.items():
+            constants = kinds | {"EVEN": whole, "BLOCKS": adam.TILE // width, "WIDTH": width}
+            what = f"direction {grad} {out} {moment} {'scaled ' if scaled else ''}{shape}"
+            yield adam.direction_kernel, arguments, constants, adam.WARPS, aligned, what
+    for dtype, grad in cross_entropy.VARIANTS:
+        arguments = {"logits": f"*{TYPES[dtype]}", "labels": "*i64", "nll": "*fp32"}
+        arguments |= {"V": "i32", "ignore": "i32"}
+        constants = {"GRAD": grad, "BLOCK": cross_entropy.BLOCK}
+        yield (
+            cross_entropy.cross_entropy_kernel,
+            arguments,
+            constants,
+            cross_entropy.WARPS,
+            None,
+            f"loss {dtype}",
+        )
+
+
+def compiled(job):
+    n, card = job
+    *case, what = list(cases())[n]
+    return check(*case, card, what)
+
+
+if __name__ == "__main__":
+    jobs = [(n, card) for n in range(len(list(cases()))) for card in CARDS]
+    with ProcessPoolExecutor(os.cpu_count(), multiprocessing.get_context("spawn")) as pool:
+        done = list(pool.map(compiled, jobs))
+    for ok, line in done:
+        print("ok " if ok else "BAD", line)
+    sys.exit(not all(ok for ok, _ in done))
