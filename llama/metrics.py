@@ -67,8 +67,8 @@ class Metrics:
     def step(
         self, step: int, lr: float, tokens: int, scalars: dict[str, Tensor | float], note: str = ""
     ) -> None:
-        """tokens: positions of this step over all ranks; scalars: numbers, or 0-dim device tensors that are not read
-        here; note: a few words for the live line."""
+        """tokens: positions of this step over all ranks; scalars: numbers, or 0-dim device tensors that are
+        not read here; note: a few words for the live line."""
         self.note = note
         self.tokens += tokens
         self.window += tokens

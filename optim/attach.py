@@ -56,8 +56,8 @@ def attach(
     reduce      "sum" or "mean" over the group; must be given with one
     overrides   the optim.* keys (lr, scale, rank, ...); unknown keys and bad values raise ValueError
 
-    Projected weights lose requires_grad and their .grad until opt.detach(); state_dict(), parameters() and saved
-    files stay those of the plain model. The bases' random numbers come from torch.initial_seed().
+    Projected weights lose requires_grad and their .grad until opt.detach(); state_dict(), parameters() and
+    saved files stay those of the plain model. The bases' random numbers come from torch.initial_seed().
     """
     cfg = config(method, overrides)
     problems = cfg.problems()

@@ -8,14 +8,14 @@ One step, K micro-batches:
                     refresh step? basis from G, R = G Q -> squares -> finite flag, clip -> rule -> lift
     step()          drains what is left, gains and biases in one launch, statistics, clock, next refreshes
 
-update=in_backward drains from the hooks, update=after in step(): the same code, the same bits. Per-step scalars
-(lr, decay factor, clip coefficient, finite flag, t) are columns of one device tensor, see scalars.py: the host
-reads nothing back but, on a refresh step, whether the factorisation succeeded. A unit whose gradient holds a NaN
-or an infinity is skipped whole: weight, state and t stay, the skip is counted. After the reduction all ranks hold
-the same gradient, so they skip alike.
+update=in_backward drains from the hooks, update=after in step(): the same code, the same bits. Per-step
+scalars (lr, decay factor, clip coefficient, finite flag, t) are columns of one device tensor, see
+scalars.py: the host reads nothing back but, on a refresh step, whether the factorisation succeeded. A unit
+whose gradient holds a NaN or an infinity is skipped whole: weight, state and t stay, the skip is counted.
+After the reduction all ranks hold the same gradient, so they skip alike.
 
-Clipping multiplies R (or G) by c = min(1, clip / norm) before the moments. The norm: exact (dense methods), from
-the probe's estimates (global_estimated), of the Rs, which are smaller (projected), or each unit's own
+Clipping multiplies R (or G) by c = min(1, clip / norm) before the moments. The norm: exact (dense methods),
+from the probe's estimates (global_estimated), of the Rs, which are smaller (projected), or each unit's own
 (per_layer). The two global modes know this step's norm if updates come after backward, else the last step's.
 """
 
@@ -115,7 +115,8 @@ class Engine(torch.optim.Optimizer):
         early = not self.in_backward or self.passes == 2
         self._late = [u for u in units if u.role == "gain" and not early]
         self._order = [u for u in reversed(units) if u not in self._late]
-        # What somebody does to gradients between backward and step() shows here; with no bases it is their affair.
+        # What somebody does to gradients between backward and step() shows here; with no bases it is their
+        # affair.
         dense = [u for u in (self._late or units if bases else []) if not u.projected]
         self._smallest = min(dense, key=lambda u: u.param.numel(), default=None)
         self._place()
@@ -373,8 +374,9 @@ class Engine(torch.optim.Optimizer):
             self._warned = True
             warnings.warn(
                 "gradients were changed between backward and step(), perhaps by clip_grad_norm_ (in "
-                "transformers.Trainer: max_grad_norm). That reaches embeddings, head and gains only: projected "
-                "weights have no .grad. Set max_grad_norm=0 there and use optim.clip, which clips them all",
+                "transformers.Trainer: max_grad_norm). That reaches embeddings, head and gains only: "
+                "projected weights have no .grad. Set max_grad_norm=0 there and use optim.clip, which "
+                "clips all of them",
                 stacklevel=4,
             )
 
@@ -392,7 +394,8 @@ class Engine(torch.optim.Optimizer):
         self._prepare()
 
     def detach(self) -> None:
-        """The plain model again, with the trained weights: classes, requires_grad and hooks as before attach."""
+        """The plain model again, with the trained weights: classes, requires_grad and hooks as before
+        attach."""
         self._eager.leave()
         self._root_hook.remove()
         for u in self.units:

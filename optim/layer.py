@@ -5,13 +5,13 @@
     both     R = P^T G Q = (dY P)^T (x Q) (r, r)     saves x Q
     refresh  R = G = dY^T x               (out, in)  saves x: for the step in which a new basis is found
 
-G = dY^T x is the gradient that autograd would form. R is the gradient of a *coordinate*: a zero scalar expanded
-to R's shape, a leaf of four bytes that the optimizer owns and hooks. W takes no gradient. Coordinates and bases
-are plain attributes, not Parameters or buffers: state_dict, parameters(), copies and saved files are those of
-the plain model.
+G = dY^T x is the gradient that autograd would form. R is the gradient of a *coordinate*: a zero scalar
+expanded to R's shape, a leaf of four bytes that the optimizer owns and hooks. W takes no gradient.
+Coordinates and bases are plain attributes, not Parameters or buffers: state_dict, parameters(), copies and
+saved files are those of the plain model.
 
-Beside the basis stand k Gaussian columns S, the norm probe: [Q, S] is one tensor, so that one product gives x Q
-and x S, and [R, Z] with Z = G S comes out of one product too (both: Z has a coordinate of its own).
+Beside the basis stand k Gaussian columns S, the norm probe: [Q, S] is one tensor, so that one product gives
+x Q and x S, and [R, Z] with Z = G S comes out of one product too (both: Z has a coordinate of its own).
 
 A second backward through one graph raises autograd's version error once W was updated inside the first.
 """

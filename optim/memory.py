@@ -1,7 +1,8 @@
 """What a method holds between steps, from shapes alone, and the table that a run prints at its start.
 
-Elements, as GaLore counts them: N + sum of in * r over bases (of out * r on the output side) + 2 * the size of R for
-each projected matrix + 2 E for everything else. The rest are extras; each has a line of its own in `entries`.
+Elements, as GaLore counts them: N + sum of in * r over bases (of out * r on the output side) + 2 * the size
+of R for each projected matrix + 2 E for everything else. The rest are extras; each has a line of its own in
+`entries`.
 """
 
 from __future__ import annotations
@@ -11,12 +12,13 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 
-from .unit import Unit, local
+from . import kernels
+from .unit import PROBE, Unit, local
 
 if TYPE_CHECKING:
     from .engine import Engine
 
-QUANT = 256  # numbers of a row under one scale
+QUANT = kernels.QUANT  # numbers of a row under one scale
 GIB = 2**30
 
 
@@ -31,7 +33,8 @@ class Entry(NamedTuple):
 
 
 def entries(e: Engine) -> list[Entry]:
-    """Every tensor of weights and optimizer by formula; equal kinds summed. Gradients and activations excluded."""
+    """Every tensor of weights and optimizer by formula; equal kinds summed. Gradients and activations
+    excluded."""
     found: dict[tuple[str, torch.dtype], int] = {}
 
     def add(what: str, numel: int, dtype: torch.dtype) -> None:
@@ -119,12 +122,8 @@ def memory(e: Engine) -> list[str]:
     parts = ", ".join(f"{k} {v:.2f}" for k, v in sums.items())
     out = [f"held      {sum(sums.values()):.2f} GiB: {parts}"]
     if e.bases:
-        shares = [b for b in e.bases if len(b.units) > 1]
-        out.append(
-            f"bases     {len(e.bases)}, replaced every {e.every} steps"
-            + (", input:n one for n weights with one input" if shares else "")
-        )
-        out.append("          grad_norm is an unbiased estimate from 16 random columns; ranks in backward")
+        out.append(f"bases     {len(e.bases)}, replaced every {e.every} steps; input:n is one for n weights")
+        out.append(f"          grad_norm is estimated without bias from {PROBE} random columns")
     if e.accum_steps > 1 and not e.bases and e.in_backward:
         whole = sum(u.param.numel() * u.param.element_size() for u in e.units) / GIB
         out.append(f"gradients {whole:.2f} GiB are held over {e.accum_steps} micro-batches")

@@ -1,4 +1,5 @@
-"""Every method: a rule for the matrices in blocks, how they are parametrised, and what differs from the defaults.
+"""Every method: a rule for the matrices in blocks, how they are parametrised, and what differs from the
+defaults.
 
 To add one: a file in rules/, a line here, a YAML in configs/optim/ with the same defaults.
 """

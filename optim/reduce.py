@@ -2,7 +2,8 @@
 
 Every rank holds all rows of R, of its own data; with the same basis everywhere the sum of the Rs is the R of
 the whole batch. Replicas sum R whole. A weight sharded by rows (FSDP2, a DTensor) reduce-scatters R by rows,
-and moments, rule and weight update stay on the rows. Gradients of sharded dense parameters come reduced already.
+and moments, rule and weight update stay on the rows. Gradients of sharded dense parameters come reduced
+already.
 
 Collectives are matched by their order alone, so callers launch them in one fixed order on all ranks.
 """
@@ -52,7 +53,8 @@ class Reduce:
         return Flight(grads, works, [], self.divide)
 
     def _rows(self, u: Unit, grads: list[Tensor]) -> Flight:
-        """This rank's rows, ceil(out / world) of them as FSDP2 cuts; the last ranks may hold fewer or none."""
+        """This rank's rows, ceil(out / world) of them as FSDP2 cuts; the last ranks may hold fewer or
+        none."""
         scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
         rows, out, works, kept = local(u.param).shape[0], [], [], []
         for g in grads:

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 from torch._dynamo.eval_frame import OptimizedModule
 
-from . import moments, subspace
+from . import kernels, moments, subspace
 from .reduce import Reduce
 from .unit import Basis, Unit
 
@@ -95,13 +95,13 @@ class Refresher:
             return
         wide = c.dtype
         values = {k: moments.load(u.state, k, wide) for k in u.rule.moments}
-        first = {k: v for k, v in values.items() if k not in moments.SECOND}
-        second = {k: v for k, v in values.items() if k in moments.SECOND}
         dim = -1 if b.side == "input" else 0
-        for k, m in first.items():
-            values[k] = subspace.transport(m, None, c, policy, dim)[0]
-        for k, v in second.items():
-            values[k] = subspace.transport(None, v, c, policy, dim)[1]
+        for k, x in values.items():
+            m, v = (None, x) if k in kernels.SECOND else (x, None)
+            m, v = subspace.transport(m, v, c, policy, dim)
+            moved = m if v is None else v
+            assert moved is not None
+            values[k] = moved
         if scaled and b.side == "input":
             u.state["d"].copy_(self._column_scale(u, u.coordinates(g)))
         yes, zero = torch.ones((), device=c.device), torch.zeros((), device=c.device)
@@ -111,7 +111,7 @@ class Refresher:
 
     def _column_scale(self, u: Unit, r: Tensor) -> Tensor:
         """(r,) root mean square of the columns of R over all rows, at least FLOOR of the largest."""
-        sums = torch.linalg.vector_norm(r, dim=0, dtype=torch.float32).square()
+        sums = torch.linalg.vector_norm(r, dim=0, dtype=torch.promote_types(r.dtype, torch.float32)).square()
         d = (self.reduce.sum_rows([u], sums[None])[0] / u.param.shape[0]).sqrt()
         return torch.where(d.max() > 0, d.clamp(min=FLOOR * d.max()), 1.0)
 

@@ -1,8 +1,8 @@
 """Per-step scalars of all units, in one device tensor: what a kernel needs to know beside tensors.
 
-A row a unit, kernels.Column: lr, decay factor, clip coefficient, finite flag, t, the rule's own corrections. Rules and
-kernels read their row; nothing comes back to the host within a step. lr and decay are written once a step,
-the flag and the clip coefficient when a unit's gradient has landed.
+A row a unit, kernels.Column: lr, decay factor, clip coefficient, finite flag, t, the rule's own corrections.
+Rules and kernels read their row; nothing comes back to the host within a step. lr and decay are written once
+a step, the flag and the clip coefficient when a unit's gradient has landed.
 """
 
 from __future__ import annotations
@@ -21,7 +21,8 @@ Column = kernels.Column
 
 class Scalars:
     def __init__(self, units: list[Unit], groups: list[int], before: Scalars | None = None) -> None:
-        """groups: each unit's index in the optimizer's param_groups. before: of the weights' former device, dtype."""
+        """groups: each unit's index in the optimizer's param_groups. before: of the weights' former device,
+        dtype."""
         self.units = units
         device = local(units[0].param).device
         wide = torch.float64 if any(u.param.dtype == torch.float64 for u in units) else torch.float32
@@ -73,7 +74,8 @@ class Scalars:
         self.table[u.index, Column.FIX1 :] = u.rule.scalars(self.t.new_ones(1))[0]
 
     def measured(self, units: list[Unit], squares: Tensor) -> None:
-        """squares (n, 2): captured and estimate of each unit's squared norm. Not finite: the unit is skipped."""
+        """squares (n, 2): captured and estimate of each unit's squared norm. Not finite: the unit is
+        skipped."""
         rows = self.rows(units)
         self.squares[rows] = squares
         self.table[rows, Column.OK] = torch.isfinite(squares[:, 1]).to(self.dtype)
@@ -91,7 +93,8 @@ class Scalars:
         self.table[rows, Column.CLIP] = coefficient(clip, self.squares[rows, 0].sqrt())
 
     def close(self, column: int) -> dict[str, Tensor]:
-        """Ends a step: t of the updated units, the norm to clip by next, statistics as tensors of their own."""
+        """Ends a step: t of the updated units, the norm to clip by next, statistics as tensors of their
+        own."""
         ok = self.table[:, Column.OK] > 0
         self.t.copy_(self.table[:, Column.T] - 1 + ok)
         skipped = (~ok).sum()

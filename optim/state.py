@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import re
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
-
-from .unit import local
 
 if TYPE_CHECKING:
     from .engine import Engine
@@ -17,7 +14,8 @@ ENGINE = "engine"  # beside parameters' names and "input NAME", "output NAME" of
 
 
 def collect(e: Engine) -> dict[str, dict[str, Tensor]]:
-    """{name: {key: tensor}}: moments and t of each parameter, each basis with its probe, the engine's clock."""
+    """{name: {key: tensor}}: moments and t of each parameter, each basis with its probe, the engine's
+    clock."""
     found: dict[str, dict[str, Tensor]] = {
         u.name: {"t": e.scalars.t[u.index].clone(), **u.state} for u in e.units
     }

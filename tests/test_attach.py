@@ -1,4 +1,5 @@
-"""What attach does to a model and to other people's loops: names, files, copies, moves, Trainer, accelerate."""
+"""What attach does to a model and to other people's loops: names, files, copies, moves, Trainer,
+accelerate."""
 
 import copy
 import math
@@ -24,7 +25,9 @@ transformers = pytest.importorskip("transformers")
 def hf_llama(tied=False, seed=0, **more):
     torch.manual_seed(seed)
     shapes = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2}
-    cfg = transformers.LlamaConfig(**shapes, num_key_value_heads=1, vocab_size=40, tie_word_embeddings=tied, **more)
+    cfg = transformers.LlamaConfig(
+        **shapes, num_key_value_heads=1, vocab_size=40, tie_word_embeddings=tied, **more
+    )
     return transformers.LlamaForCausalLM(cfg)
 
 
@@ -98,7 +101,11 @@ def test_trains_transformers_in_a_hand_written_loop(method):
     assert all(g["lr"] == pytest.approx(1e-2 / 9) for g in opt.param_groups)
 
 
-@kills("optim/scalars.py", "self.table[:, Column.LR : Column.KEEP + 1] = host[self.group_of]", "self.table[:, Column.LR : Column.KEEP + 1] = host[self.group_of] if not self.table[0, 0] else self.table[:, :2]")
+@kills(
+    "optim/scalars.py",
+    "self.table[:, Column.LR : Column.KEEP + 1] = host[self.group_of]",
+    "self.table[:, Column.LR : Column.KEEP + 1] = host[self.group_of] if not self.table[0, 0] else self.table[:, :2]",
+)
 def test_a_scheduler_acts_on_the_next_step():
     """lr 0 in the second step: nothing moves in it."""
     model = Tiny()
@@ -148,7 +155,8 @@ def test_inside_transformers_trainer(tmp_path):
 
 @kills("optim/engine.py", "not torch.equal(before, grads[0])", "False")
 def test_trainers_own_clipping_is_detected(tmp_path):
-    """max_grad_norm clips only what has .grad; it is on by default, and its norm is taken even when it is 0."""
+    """max_grad_norm clips only what has .grad; it is on by default, and its norm is taken even when it is
+    0."""
     pytest.importorskip("accelerate")
     model = hf_llama()
     opt = attach(model, "galore", **SETTINGS)
@@ -184,7 +192,11 @@ def test_with_accelerate():
 # ---- copies and moves
 
 
-@kills("optim/layer.py", "return _plain, ({k: v for k, v in self.__dict__.items() if k not in ATTRIBUTES},)", "return super().__reduce_ex__(protocol)")
+@kills(
+    "optim/layer.py",
+    "return _plain, ({k: v for k, v in self.__dict__.items() if k not in ATTRIBUTES},)",
+    "return super().__reduce_ex__(protocol)",
+)
 def test_copies_are_plain_trainable_models():
     model, opt, _ = run("galore", steps=4)
     for copied in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
@@ -325,13 +337,20 @@ def test_a_shared_basis_is_that_of_the_stacked_weight_invariant_48():
 
 def test_sides_of_llama():
     """paper: wide matrices by their output; long: the other way round; P is never shared."""
-    for side, wide, tall in (("input", "q", "q"), ("output", "p", "p"), ("paper", "p", "q"), ("long", "q", "p")):
+    for side, wide, tall in (
+        ("input", "q", "q"),
+        ("output", "p", "p"),
+        ("paper", "p", "q"),
+        ("long", "q", "p"),
+    ):
         opt = attach(Tiny(), "galore", **SETTINGS, side=side)
         units = {u.name.split(".")[-2]: u for u in opt.units if u.projected}
         assert [k for k in "qp" if getattr(units["down_proj"], k)] == [wide]
         assert [k for k in "qp" if getattr(units["up_proj"], k)] == [tall]
         assert all(len(b.units) == 1 for b in opt.bases if b.side == "output")
-        assert (units["gate_proj"].q is units["up_proj"].q) and (side in ("output", "long") or units["up_proj"].q)
+        assert (units["gate_proj"].q is units["up_proj"].q) and (
+            side in ("output", "long") or units["up_proj"].q
+        )
     opt = attach(Tiny(), "galore", **SETTINGS, side="both")
     assert all(u.q and u.p for u in opt.units if u.projected) and len(opt.bases) == 2 * (4 + 7)
 
@@ -413,7 +432,8 @@ def test_an_mlp_without_numbered_blocks():
 @kills("optim/unit.py", "inside = r @ self.q.cross.to(r.dtype)", "inside = 0 * r @ self.q.cross.to(r.dtype)")
 @pytest.mark.parametrize("side", ["input", "output", "both"])
 def test_probe_is_an_unbiased_estimate_invariant_44(side):
-    """Mean over draws of S is ||G||^2, with the standard deviation of the theory; never below ||R||^2; linear."""
+    """Mean over draws of S is ||G||^2, with the standard deviation of the theory; never below ||R||^2;
+    linear."""
     g = torch.randn(12, 20, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     g = g @ torch.diag(1 / torch.arange(1, 21, dtype=torch.float64))
     torch.manual_seed(1)
@@ -479,11 +499,16 @@ def stored(t):
 
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("name", ["9m", "60m", "130m", "350m", "1b", "7b"])
-@kills("optim/unit.py", "self.state[\"d\"] = torch.ones(self.q.r, device=w.device)", "self.state[\"d\"] = torch.ones(2 * self.q.r, device=w.device)")
-@kills("optim/memory.py", "add(\"bases\", b.n * b.r, b.qs.dtype)", "add(\"bases\", b.n * b.k, b.qs.dtype)")
+@kills(
+    "optim/unit.py",
+    'self.state["d"] = torch.ones(self.q.r, device=w.device)',
+    'self.state["d"] = torch.ones(2 * self.q.r, device=w.device)',
+)
+@kills("optim/memory.py", 'add("bases", b.n * b.r, b.qs.dtype)', 'add("bases", b.n * b.k, b.qs.dtype)')
 @kills("optim/scalars.py", "torch.zeros(len(units), 2, dtype=wide", "torch.zeros(len(units), 3, dtype=wide")
 def test_bytes_are_the_formulas_invariant_43(name, method):
-    """Every tensor of model and optimizer, by dtype, is in the table; the main terms by the papers' formula."""
+    """Every tensor of model and optimizer, by dtype, is in the table; the main terms by the papers'
+    formula."""
     cfg = parse([f"model=llama_{name}"]).model
     with torch.device("meta"):
         model = Llama(cfg).to(torch.bfloat16)

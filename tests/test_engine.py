@@ -1,4 +1,5 @@
-"""The engine against a dense oracle, and every mode of running against every other: for each method of METHODS."""
+"""The engine against a dense oracle, and every mode of running against every other: for each method of
+METHODS."""
 
 import copy
 import io
@@ -10,12 +11,25 @@ from torch import nn
 
 import optim.engine
 from optim import attach
+from optim.config import ProjectedConfig
 from optim.methods import METHODS, Method
 from optim.refresh import due
 from optim.rules import Rule
-from optim.config import ProjectedConfig
 from tests.mutants import kills
-from tests.tiny import SETTINGS, Oracle, Tiny, batches, compile_blocks, flat, keys, moved, parallel, run, summed_loss, train
+from tests.tiny import (
+    SETTINGS,
+    Oracle,
+    Tiny,
+    batches,
+    compile_blocks,
+    flat,
+    keys,
+    moved,
+    parallel,
+    run,
+    summed_loss,
+    train,
+)
 
 
 class Momentum(Rule):
@@ -36,7 +50,9 @@ SIDES = ("input", "output", "paper", "long", "both")
 def momentum(monkeypatch):
     monkeypatch.setitem(METHODS, "momentum", Method(lambda cfg: Momentum(), ProjectedConfig, {"scale": 5.0}))
     monkeypatch.setitem(
-        METHODS, "momentum_8bit", Method(lambda cfg: Momentum(), ProjectedConfig, {"scale": 5.0, "moments": "int8"})
+        METHODS,
+        "momentum_8bit",
+        Method(lambda cfg: Momentum(), ProjectedConfig, {"scale": 5.0, "moments": "int8"}),
     )
 
 
@@ -122,7 +138,11 @@ def test_the_schedule_of_refreshes():
     assert [t for t in range(9) if due(3, 5, t, 4, 0, True)] == [0, 4, 8]
 
 
-@kills("optim/unit.py", "return g @ self.q.q.to(g.dtype) if self.q else g", "return g @ self.q.s.to(g.dtype)[:, :4] if self.q else g")
+@kills(
+    "optim/unit.py",
+    "return g @ self.q.q.to(g.dtype) if self.q else g",
+    "return g @ self.q.s.to(g.dtype)[:, :4] if self.q else g",
+)
 def test_sgd_at_full_rank_is_sgd_invariant_4():
     """rho = 1, r = min(out, in), T = 1, every basis from this step's G: exactly gradient descent."""
     for side in ("input", "output"):
@@ -197,7 +217,9 @@ def test_adam_in_a_selection_of_rows_is_adam_on_them_invariant_5b(fixed):
     (summed_loss(plain, batches(1)[0]) / 60).backward()
     opt.step()
     adam.step()
-    for (name, p), q, old in zip(model.named_parameters(), plain.parameters(), before.parameters(), strict=True):
+    for (name, p), q, old in zip(
+        model.named_parameters(), plain.parameters(), before.parameters(), strict=True
+    ):
         if "_proj.weight" in name:
             torch.testing.assert_close(p[:4], q[:4], rtol=1e-12, atol=1e-14)
             assert torch.equal(p[4:], old[4:]) and not torch.equal(p[:4], old[:4])
@@ -222,7 +244,11 @@ def test_signs_and_order_of_a_basis_do_not_matter_a_rotation_does_invariant_6(fi
     assert (flat(ends[0]) - flat(ends[2])).norm() > 1e-3 * moved(ends[0], START)
 
 
-@kills("optim/unit.py", "kernels.lift_(w, self.p.q, back, keep)", "kernels.lift_(w, self.p.q.flip(0), back, keep)")
+@kills(
+    "optim/unit.py",
+    "kernels.lift_(w, self.p.q, back, keep)",
+    "kernels.lift_(w, self.p.q.flip(0), back, keep)",
+)
 def test_a_weight_moves_within_its_span_invariant_7(fixed):
     for side in ("input", "output", "both"):
         model, start = Tiny(), Tiny()
@@ -260,7 +286,11 @@ def test_scale_of_the_loss_does_not_matter_invariant_9(method):
 
 @pytest.mark.parametrize("method", METHODS_TESTED)
 @kills("optim/engine.py", "self.accum_steps * self._pass for i", "1 for i")
-@kills("optim/unit.py", "                leaf.grad = None\n        return grads", "                pass\n        return grads")
+@kills(
+    "optim/unit.py",
+    "                leaf.grad = None\n        return grads",
+    "                pass\n        return grads",
+)
 def test_micro_batches_equal_one_batch_invariant_20(method):
     """K = 4 = K = 1, refresh steps included: the loss is divided by the tokens of the whole step."""
     one, opt, losses = run(method)
@@ -271,7 +301,8 @@ def test_micro_batches_equal_one_batch_invariant_20(method):
 
 
 def test_a_mean_of_means_is_another_gradient_invariant_20b():
-    """What published loops do: each micro-batch divided by its own tokens. With unequal counts that is wrong."""
+    """What published loops do: each micro-batch divided by its own tokens. With unequal counts that is
+    wrong."""
     tokens, ends = batches(1)[0], []
     for own_mean in (False, True):
         model = Tiny()
@@ -285,7 +316,11 @@ def test_a_mean_of_means_is_another_gradient_invariant_20b():
 
 @pytest.mark.parametrize("micro", [1, 3])
 @pytest.mark.parametrize("method", METHODS_TESTED)
-@kills("optim/engine.py", "if self.in_backward and u not in self._late:\n                    u.param.grad = None", "if False:\n                    pass")
+@kills(
+    "optim/engine.py",
+    "if self.in_backward and u not in self._late:\n                    u.param.grad = None",
+    "if False:\n                    pass",
+)
 def test_in_backward_equals_after_bitwise_invariant_19(method, micro):
     inside, opt, a = run(method, micro=micro, update="in_backward", **off(method))
     after, _, b = run(method, micro=micro, update="after", **off(method))
@@ -319,7 +354,7 @@ def test_checkpointed_equals_not(method, reentrant):
 
 
 @pytest.mark.parametrize("method", METHODS_TESTED)
-@kills("optim/refresh.py", "            self._swap(vars(module), \"forward\", bound)", "            pass")
+@kills("optim/refresh.py", '            self._swap(vars(module), "forward", bound)', "            pass")
 def test_compiled_equals_eager_with_one_graph_a_block_shape(method):
     """2 T steps with evaluations: one training and one evaluation graph, or the recompile limit raises."""
     torch._dynamo.reset()
@@ -401,7 +436,11 @@ def test_two_pass_clip_equals_exact_invariant_21():
 
 @pytest.mark.parametrize("lagged", [False, True])
 @pytest.mark.parametrize("mode", ["global_estimated", "projected", "per_layer"])
-@kills("optim/scalars.py", "torch.where(self.norm >= 0, coefficient(clip, self.norm), 1.0) if clip", "coefficient(clip, self.norm.abs()) if clip")
+@kills(
+    "optim/scalars.py",
+    "torch.where(self.norm >= 0, coefficient(clip, self.norm), 1.0) if clip",
+    "coefficient(clip, self.norm.abs()) if clip",
+)
 @kills("optim/engine.py", 'NORM_OF = {"projected": 0}', 'NORM_OF = {"projected": 1}')
 @kills("optim/scalars.py", "self.squares[rows, 0].sqrt()", "self.squares[rows, 1].sqrt()")
 def test_clip_modes_follow_their_definition(mode, lagged, fixed):
@@ -473,11 +512,20 @@ def on_rank(rank, world, method, settings, rows):
 
 @pytest.mark.parametrize("world", [2, 3])
 @pytest.mark.parametrize("method", METHODS_TESTED)
-@kills("optim/reduce.py", "works = [dist.all_reduce(g, group=self.group, async_op=True) for g in grads]", "works = []")
-@kills("optim/reduce.py", "return Flight(grads, works, [], self.divide)", "return Flight(grads, works, [], self.world)")
+@kills(
+    "optim/reduce.py",
+    "works = [dist.all_reduce(g, group=self.group, async_op=True) for g in grads]",
+    "works = []",
+)
+@kills(
+    "optim/reduce.py",
+    "return Flight(grads, works, [], self.divide)",
+    "return Flight(grads, works, [], self.world)",
+)
 @kills("optim/engine.py", "grads = flight.land()", "grads = flight.out")
 def test_ranks_equal_one_and_each_other_invariant_23(method, world):
-    """Replicas on different data = one process on all of it; bit-equal weights, bases and state on all ranks."""
+    """Replicas on different data = one process on all of it; bit-equal weights, bases and state on all
+    ranks."""
     one, opt, _ = run(method, micro=2)
     ranks = parallel(world, on_rank, method, {}, False)
     assert all(torch.equal(r[0], ranks[0][0]) and r[2] == ranks[0][2] for r in ranks)
@@ -519,9 +567,15 @@ def test_a_divergent_rank_is_seen():
 
 
 @pytest.mark.parametrize("method", METHODS_TESTED)
-@kills("optim/state.py", "e.updates, e.seed = int(own[\"updates\"])", "e.updates, e.seed = 0 * int(own[\"updates\"])")
-@kills("optim/unit.py", "self.cross.copy_(self._cross())\n        self.count = count", "self.cross.copy_(self._cross())")
-@kills("optim/state.py", "e.scalars.norm.copy_(own[\"norm\"])", "pass")
+@kills(
+    "optim/state.py", 'e.updates, e.seed = int(own["updates"])', 'e.updates, e.seed = 0 * int(own["updates"])'
+)
+@kills(
+    "optim/unit.py",
+    "self.cross.copy_(self._cross())\n        self.count = count",
+    "self.cross.copy_(self._cross())",
+)
+@kills("optim/state.py", 'e.scalars.norm.copy_(own["norm"])', "pass")
 def test_resumes_bitwise_after_any_step_invariant_22(method):
     """Saved after each of 7 steps, one before and one after refreshes among them, through a file."""
     steps, clip = 7, {"clip": 0.5} if projected(method) else {}
@@ -547,7 +601,9 @@ def test_resumes_bitwise_after_any_step_invariant_22(method):
         train(again, other, tokens[n + 1 :])
         assert torch.equal(flat(again), flat(model)), f"after step {n + 1}"
         a, b = (torch.utils._pytree.tree_leaves(o.state_dict()) for o in (opt, other))
-        assert all(torch.equal(x, y) if isinstance(x, torch.Tensor) else x == y for x, y in zip(a, b, strict=True))
+        assert all(
+            torch.equal(x, y) if isinstance(x, torch.Tensor) else x == y for x, y in zip(a, b, strict=True)
+        )
 
 
 def test_a_state_of_another_method_or_shape_changes_nothing():
@@ -561,7 +617,10 @@ def test_a_state_of_another_method_or_shape_changes_nothing():
     with pytest.raises(ValueError, match="only one of"):
         opt.load_state_dict(dense.state_dict())
     leaves = torch.utils._pytree.tree_leaves
-    assert all(torch.equal(a, b) for a, b in zip(leaves(before["state"]), leaves(opt.state_dict()["state"]), strict=True))
+    assert all(
+        torch.equal(a, b)
+        for a, b in zip(leaves(before["state"]), leaves(opt.state_dict()["state"]), strict=True)
+    )
 
 
 # ---- refresh

@@ -42,7 +42,9 @@ def gradients(side, x, dy, **sizes):
 
 @pytest.mark.parametrize("side", SIDES)
 @kills("optim/layer.py", "left.to(wide).t() @ kept.to(wide)", "left.to(wide).t() @ kept.to(wide) * 2")
-@kills("optim/layer.py", "z = dy.to(probed.dtype).t() @ probed", "z = dy.to(probed.dtype).t() @ probed.flip(1)")
+@kills(
+    "optim/layer.py", "z = dy.to(probed.dtype).t() @ probed", "z = dy.to(probed.dtype).t() @ probed.flip(1)"
+)
 @kills("optim/layer.py", "dx = dy @ w if", "dx = dy @ w * 0.99 if")
 def test_gradients_are_those_of_the_products_invariant_46(side):
     """y = x W^T, dX = dY W, and (dY P)^T (x Q) = P^T G Q; Z = G S."""
@@ -80,7 +82,9 @@ def test_coordinates_are_linear_in_the_data_invariant_8(side, sizes, tokens, sca
     scaled = gradients(side, torch.cat(xs), torch.cat(dys) * scale, **kind)
     for n_grad in (2, 3):
         if both[n_grad] is not None:
-            torch.testing.assert_close(single[0][n_grad] + single[1][n_grad], both[n_grad], rtol=1e-11, atol=1e-11)
+            torch.testing.assert_close(
+                single[0][n_grad] + single[1][n_grad], both[n_grad], rtol=1e-11, atol=1e-11
+            )
             torch.testing.assert_close(both[n_grad] * scale, scaled[n_grad], rtol=1e-11, atol=1e-11)
 
 

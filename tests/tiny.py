@@ -219,5 +219,3 @@ class Oracle:
     def zero_grad(self):
         for p in self.model.parameters():
             p.grad = None
-
-

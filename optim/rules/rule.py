@@ -1,4 +1,5 @@
-"""What every rule shares: moments loaded wide, stored again, and nothing changed where a gradient is not finite."""
+"""What every rule shares: moments loaded wide, stored again, and nothing changed where a gradient is not
+finite."""
 
 from __future__ import annotations
 
