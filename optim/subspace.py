@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 
 FOUND, FALLBACK, KEPT = 0, 1, 2
-ITERATIONS = 1  # per refresh, once warm: a second fits more of this batch's noise; helps if G drifts fast
+ITERATIONS = 1  # per refresh, once warm; a second captures less of the next batch, unless G drifts fast
 FIRST_ITERATIONS = 2  # from a random basis: residual energy 1.1 times the smallest possible, 1.3 after one
 OVERSAMPLING = 10  # of the randomized finder
 POWER_ITERATIONS = 2  # of the randomized finder
