@@ -13,7 +13,9 @@ from pathlib import Path
 from types import NoneType
 from typing import Any, get_args, get_type_hints
 
-_hints: Any = cache(get_type_hints)  # slow, and a command line asks for the same few
+_hints: Callable[[type], dict[str, Any]] = cache(
+    get_type_hints
+)  # slow, and a command line asks for the same few
 MAX_SHOWN = 200  # characters of a value that a message repeats
 
 

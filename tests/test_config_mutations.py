@@ -214,7 +214,7 @@ def test_a_wrong_argument_is_found_among_right_ones() -> None:
 def valid_lines() -> list[list[str]]:
     rng = random.Random(3)
     lines = []
-    for _ in range(120):
+    for _ in range(80):
         micro, seq = rng.choice([1, 2, 3, 8]), rng.choice([2, 33, 128, 1024])
         tokens = micro * seq * rng.randrange(1, 9)
         argv = [f"micro_batch={micro}", f"seq_len={seq}", f"tokens_per_step={tokens}"]
