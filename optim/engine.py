@@ -37,6 +37,7 @@ from .refresh import Eager, Refresher, due
 from .rules import Rule
 from .scalars import Scalars
 from .unit import Basis, Unit, local
+from .watch import Watch
 
 Column = kernels.Column
 LAGGED = ("global_estimated", "projected")  # clip modes that in backward know the last step's norm only
@@ -51,30 +52,6 @@ def basis_dtype(cfg: OptimConfig, w: Tensor) -> torch.dtype:
     """Of the bases of weight w."""
     name = getattr(cfg, "basis_dtype", None)
     return {"bf16": torch.bfloat16, "fp32": torch.float32}[name] if name else w.dtype
-
-
-class _Nothing:
-    def __call__(self, module: nn.Module, args: Any) -> None:
-        pass
-
-
-class _Begin:
-    """Forward pre-hook of the model: counts forwards, and sees when the whole model is being traced.
-
-    Copies and pickles of the model get one that does nothing.
-    """
-
-    def __init__(self, engine: Engine) -> None:
-        self.engine, self.whole = engine, False
-
-    def __call__(self, module: nn.Module, args: Any) -> None:
-        if torch.compiler.is_compiling():
-            self.whole = True  # dynamo replays the write
-        elif torch.is_grad_enabled():
-            self.engine.forward_begins()
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return _Nothing, ()
 
 
 class Engine(torch.optim.Optimizer):
@@ -120,7 +97,7 @@ class Engine(torch.optim.Optimizer):
         dense = [u for u in (self._late or units if bases else []) if not u.projected]
         self._smallest = min(dense, key=lambda u: u.param.numel(), default=None)
         self._place()
-        self._begin = _Begin(self)
+        self._begin = Watch(self)
         self._root_hook = root.register_forward_pre_hook(self._begin)
         self._prepare()
 

@@ -326,7 +326,7 @@ def test_in_backward_equals_after_bitwise_invariant_19(method, micro):
     after, _, b = run(method, micro=micro, update="after", **off(method))
     assert torch.equal(flat(inside), flat(after)) and a == b
     model = Tiny()
-    opt = attach(model, method, update="in_backward", **keys(method), **off(method))
+    attach(model, method, update="in_backward", **keys(method), **off(method))
     (summed_loss(model, batches(1)[0]) / 60).backward()
     held = [n for n, p in model.named_parameters() if p.grad is not None]
     assert all("norm" in n or "bias" in n for n in held), held  # everything large was freed inside backward
@@ -632,8 +632,7 @@ def test_refresh_step_invariant_49(monkeypatch):
     """R = G Q_new exactly, with G summed over micro-batches; one group's G is alive at a time."""
     model, plain = Tiny(), Tiny()
     opt = attach(model, "galore_sgd", lr=1e-2, scale=1.0, rank=4, refresh_every=50, accum_steps=3)
-    held, most = {}, 0
-    step = opt.step
+    most = 0
 
     def watched(u=None):
         nonlocal most
@@ -656,7 +655,6 @@ def test_refresh_step_invariant_49(monkeypatch):
         g, q = dict(plain.named_parameters())[u.name].grad, due_now[0].q
         assert not torch.allclose(q, old_q)
         torch.testing.assert_close(u.param.data, old[u.name] - 1e-2 * g @ q @ q.T, rtol=1e-12, atol=1e-14)
-    assert step is not None and not held
 
 
 def test_overlap_and_energy_are_what_they_say():

@@ -1,12 +1,17 @@
-"""What only a GPU runs: the compiled update against the eager one, and a step without synchronisation."""
+"""What only a GPU runs: its kernels against the CPU's reference, no waiting in a step, graphs, memory."""
 
 import copy
 
 import pytest
 import torch
+import torch._dynamo
 from torch import nn
 
+from llama.config import ModelConfig
+from llama.model import build_model, compile_blocks
 from optim import attach
+from optim.methods import METHODS
+from tests.tiny import Tiny, batches, flat, keys, summed_loss, train
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 
@@ -17,42 +22,124 @@ def model(dtype):
     return nn.Sequential(nn.Embedding(77, 33), *layers).to(dtype)
 
 
-@pytest.mark.parametrize("moments", ["fp32", "bf16"])
+@pytest.mark.parametrize("moments", ["fp32", "bf16", "int8"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_compiled_update_equals_the_eager_one(dtype, moments):
+def test_dense_update_equals_the_reference(dtype, moments):
+    """The same gradients on both devices, through a loss that is linear in the weights."""
     settings = {"lr": 1e-2, "decay": 0.1, "clip": 0.5, "moments": moments, "scale": 0.5}
     cpu = model(dtype)
     gpu = copy.deepcopy(cpu).cuda()
     opts = attach(cpu, "adamw", **settings), attach(gpu, "adamw", **settings)
     g = torch.Generator().manual_seed(0)
     for step in range(6):
-        for a, b in zip(cpu.parameters(), gpu.parameters(), strict=True):
-            a.grad = torch.randn(a.shape, generator=g).to(dtype)
-            if step == 2 and a.ndim == 1:
-                a.grad[5] = float("inf")  # skipped whole
-            b.grad = a.grad.cuda()
-        for opt in opts:
-            opt._fired = [1] * len(opt.owned)
-            opt.step()
-    for (name, a), b in zip(cpu.named_parameters(), gpu.parameters(), strict=True):
-        # one unit in the last place: the devices sum the norm, and so the clip coefficient, in another order
-        tol = 2**-7 if torch.bfloat16 in (dtype, opts[0].state[a]["m"].dtype) else 1e-5
-        torch.testing.assert_close(b.cpu(), a, rtol=tol, atol=tol * 1e-2, msg=name)
-        assert (b.cpu() - a).norm() <= 0.1 * tol * a.norm()
-    assert int(opts[1].stats["skipped_in_a_row"]) == 0
-    assert [float(t) for t in opts[1]._t] == [6, 6, 5, 6]
-
-
-def test_a_step_reads_nothing_back():
-    m = model(torch.bfloat16).cuda()
-    opt = attach(m, "adamw", lr=1e-3, clip=1.0)
-    x = torch.randint(77, (8, 4), device="cuda")
-    for checked in (False, True):
-        loss = m(x).float().square().mean()
-        torch.cuda.set_sync_debug_mode("error" if checked else "default")
-        try:
-            loss.backward()
+        grads = [torch.randn(p.shape, generator=g).to(dtype) for p in cpu.parameters()]
+        if step == 2:
+            grads[2][5] = float("inf")  # the gain: skipped whole
+        for m, opt in zip((cpu, gpu), opts, strict=True):
+            sum((p * x.to(p.device)).sum() for p, x in zip(m.parameters(), grads, strict=True)).backward()
             opt.step()
             opt.zero_grad()
-        finally:
-            torch.cuda.set_sync_debug_mode("default")
+    for (name, a), b in zip(cpu.named_parameters(), gpu.parameters(), strict=True):
+        # one unit in the last place: the devices sum the norm, and so the clip coefficient, in another order;
+        # an 8-bit moment may then take the neighbouring code: 2% of a step, 1e-2 of which 6 were taken
+        low = torch.bfloat16 in (dtype, opts[0].state[a]["m"].dtype)
+        tol = 2**-7 if low else 1e-5
+        near = 2e-3 if moments == "int8" and a.ndim > 1 else tol * 1e-2
+        torch.testing.assert_close(b.cpu(), a, rtol=tol, atol=near, msg=lambda m, name=name: f"{name}: {m}")
+    assert int(opts[1].stats["skipped_in_a_row"]) == 0
+    assert opts[1].scalars.t.tolist() == [6, 6, 5, 6]
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("side", ["input", "output", "both"])
+def test_a_method_trains_alike_on_both_devices(method, side):
+    settings = keys(method) | ({"side": side, "eps": 1e-5} if "rank" in keys(method) else {})
+    cpu = Tiny(dtype=torch.float32)
+    gpu = copy.deepcopy(cpu).cuda()
+    opts = attach(cpu, method, **settings), attach(gpu, method, **settings)
+    opts[1].load_state_dict(opts[0].state_dict())  # the devices draw other random bases
+    start = flat(cpu)
+    train(cpu, opts[0], batches(2))
+    train(gpu, opts[1], [b.cuda() for b in batches(2)])
+    tol = 5e-2 if "8bit" in method else 2e-3
+    assert (flat(gpu).cpu() - flat(cpu)).norm() <= tol * (flat(cpu) - start).norm()
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_step_reads_nothing_back(method):
+    m = Tiny(dtype=torch.bfloat16).cuda()
+    opt = attach(m, method, **(keys(method) | ({"refresh_every": 100} if "rank" in keys(method) else {})))
+    tokens = [b.cuda() for b in batches(1)]
+    train(m, opt, tokens * 12)
+    assert not any(u.refresh for u in opt.units)
+    loss = summed_loss(m, tokens[0]).float() / 60
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        loss.backward()
+        opt.step()
+        opt.zero_grad()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+def llama():
+    cfg = ModelConfig(
+        vocab_size=256, hidden_size=128, intermediate_size=320, num_hidden_layers=3, num_attention_heads=4
+    )
+    return build_model(cfg, "cuda", torch.bfloat16, 0)
+
+
+def test_one_training_and_one_evaluation_graph_over_two_rounds():
+    torch._dynamo.reset()
+    m = llama()
+    opt = attach(m, "galore_8bit", lr=1e-2, rank=32, refresh_every=20)
+    compile_blocks(m)
+    g = torch.Generator().manual_seed(0)
+    x = torch.randint(256, (8, 65), generator=g).cuda()
+    counted = torch._dynamo.utils.counters["stats"]
+    losses, graphs = [], []
+    with torch._dynamo.config.patch(fail_on_recompile_limit_hit=True):
+        for step in range(41):
+            loss = m(x[:, :-1], x[:, 1:]) / (8 * 64)
+            loss.backward()
+            opt.step()
+            losses.append(float(loss.detach()))
+            with torch.no_grad():
+                m(x[:, :-1], x[:, 1:])
+            graphs.append(counted["unique_graphs"])
+            assert torch.isfinite(opt.stats["grad_norm"]), step
+    assert graphs[-1] == graphs[0] <= 4  # block and last norm, training and evaluation: all in the first step
+    assert losses[-1] < losses[0] - 1 and all(b.count >= 2 for b in opt.bases)
+
+
+def test_full_gradients_never_pile_up():
+    """Peak memory of a step's backward, beside the same model with all gradients held."""
+    peaks = {}
+    for method, settings in (("galore_8bit", {"rank": 32}), ("adamw", {"moments": "bf16"})):
+        torch._dynamo.reset()
+        torch.manual_seed(0)
+        cfg = ModelConfig(
+            vocab_size=256,
+            hidden_size=1024,
+            intermediate_size=2736,
+            num_hidden_layers=8,
+            num_attention_heads=8,
+        )
+        m = build_model(cfg, "cuda", torch.bfloat16, 0)
+        opt = attach(m, method, lr=1e-3, **settings)
+        x = torch.randint(256, (1, 33)).cuda()
+        for _ in range(40):
+            (m(x[:, :-1], x[:, 1:]) / 32).backward()
+            opt.step()
+            opt.zero_grad()
+        torch.cuda.synchronize()
+        before = torch.cuda.memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+        (m(x[:, :-1], x[:, 1:]) / 32).backward()
+        opt.step()
+        opt.zero_grad()
+        peaks[method] = torch.cuda.max_memory_allocated() - before
+        weights = sum(p.numel() * p.element_size() for p in m.parameters())
+        del m, opt
+    assert peaks["adamw"] > 0.9 * weights
+    assert peaks["galore_8bit"] < 0.35 * weights
