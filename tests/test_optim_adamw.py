@@ -190,7 +190,7 @@ def test_every_parameter_is_owned_once_and_tied_weights_too():
     owned = [id(p) for g in opt.param_groups for p in g["params"]]
     assert sorted(owned) == sorted({id(p) for p in model.parameters()})
     assert [u.role for u in opt.units if u.name == "embed.weight"] == ["embedding"]
-    assert all(line in opt.table() for line in ("embed ", "layers.0 ", "layers.1.bias "))
+    assert all(line in opt.table() for line in ("embed ", "layers.* ", "layers.*.bias "))
 
 
 def test_detach_leaves_a_plain_model():
