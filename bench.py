@@ -1,7 +1,11 @@
 """Speed and memory on one GPU, ours beside peers: same shapes, data, batch and dtype, in one run on one card.
 
     python bench.py [data=FOLDER] [out=bench.jsonl] [cases=llama_60m,llama_1b] [pairs=5] [loader=GLOB]
-                    [commit=ID]
+                    [optim=galore_8bit] [commit=ID]
+
+With optim=METHOD that method stands beside our own adamw (moments bf16) instead of adamw beside transformers,
+at llama_60m, llama_1b and llama_7b; bases are replaced every 200 steps, and the first round is in the timed
+blocks: in it 128 of 200 steps at 7b replace a basis.
 
 FOLDER comes from `python -m data.prepare`; without one the bundled sample is prepared. Each row of the record
 is one JSON object: what, sizes, GPU, versions, commit, numbers. Ours is `train.Run` itself: loader, logging
@@ -35,7 +39,8 @@ from optim import Comm
 from train import Run
 
 # model: (tokens a step, sequences a micro-batch)
-CASES = {"llama_60m": (65_536, 256), "llama_1b": (4_096, 16)}
+CASES = {"llama_60m": (65_536, 256), "llama_1b": (4_096, 16), "llama_7b": (4_096, 16)}
+DENSE = "llama_60m,llama_1b"
 BLOCK_S = 2.0  # seconds of steps in a block
 PACKAGES = ("torch", "triton", "transformers", "bitsandbytes", "liger-kernel")
 
@@ -44,8 +49,9 @@ class Ours:
     """The training loop's own step, with its loader and its metrics."""
 
     def __init__(
-        self, model: str, tokens: int, micro: int, folder: str, moments: str, steps: int = 100_000
-    ) -> None:
+        self, model: str, tokens: int, micro: int, folder: str, moments: str, steps: int = 100_000,
+        overrides: tuple[str, ...] = (),
+    ) -> None:  # fmt: skip
         self.scratch = tempfile.TemporaryDirectory()
         cfg = parse(
             [
@@ -60,6 +66,7 @@ class Ours:
                 f"run.dir={self.scratch.name}",
                 "optim.lr=1e-4",
                 f"optim.moments={moments}",
+                *overrides,
             ]
         ).resolved()
         self.run = Run(cfg, Comm.from_env(), Path(self.scratch.name), None)
@@ -128,33 +135,64 @@ def timed(side: Any, n: int) -> float:
 
 
 def compare(model: str, folder: str, moments: str, pairs: int) -> dict[str, Any]:
+    """Our adamw beside transformers."""
     tokens, micro = CASES[model]
+    makers = {
+        "ours": lambda: Ours(model, tokens, micro, folder, moments),
+        "peer": lambda: Peer(model, tokens, micro, folder, moments),
+    }
+    peer = "bitsandbytes AdamW 32-bit" if moments == "fp32" else "torch fused AdamW"
+    what = f"{model} adamw, {tokens} tokens a step, moments {moments}"
+    return {"what": what, "peer": f"transformers, torch.compile, {peer}", **alternate(makers, tokens, pairs)}
+
+
+def compare_methods(model: str, folder: str, method: str, pairs: int) -> dict[str, Any]:
+    """A method beside our adamw with bf16 moments."""
+    tokens, micro = CASES[model]
+    more = (f"optim={method}", "optim.refresh_every=200")
+    makers = {
+        "ours": lambda: Ours(model, tokens, micro, folder, "int8", overrides=more),
+        "peer": lambda: Ours(model, tokens, micro, folder, "bf16"),
+    }
+    row = {"what": f"{model} {method}, {tokens} tokens a step", "peer": "our adamw, moments bf16"}
+    return row | alternate(makers, tokens, pairs) | {
+        "refresh_every": 200, "side": "input", "share": True, "bases": "bf16", "checkpoint": 0,
+        "embed_moments": "int8",
+    }  # fmt: skip
+
+
+def alternate(makers: dict[str, Any], tokens: int, pairs: int) -> dict[str, Any]:
+    """Both sides in turn: medians of their blocks, and of each pair the ratio."""
     sides: dict[str, Any] = {}
-    peaks, counts = {}, {}
-    for name, make in (("ours", Ours), ("peer", Peer)):
+    peaks, static, counts = {}, {}, {}
+    for name, make in makers.items():
         before = torch.cuda.memory_allocated()
-        sides[name] = make(model, tokens, micro, folder, moments)
+        sides[name] = make()
         sides[name].steps(4)  # compiles
+        torch.cuda.synchronize()
+        static[name] = (torch.cuda.memory_allocated() - before) / 2**30
         torch.cuda.reset_peak_memory_stats()
         counts[name] = max(5, round(BLOCK_S / timed(sides[name], 5)))
-        peak = torch.cuda.max_memory_allocated() - before  # `before`: what the other side holds
-        peaks[name] = peak / 2**30
-    times: dict[str, list[float]] = {"ours": [], "peer": []}
+        peaks[name] = (torch.cuda.max_memory_allocated() - before) / 2**30  # `before`: the other side's
+    times: dict[str, list[float]] = {name: [] for name in sides}
     for _ in range(pairs):
         for name, side in sides.items():
             times[name].append(timed(side, counts[name]))
+    row: dict[str, Any] = {}
+    opt = getattr(getattr(sides["ours"], "run", None), "opt", None)
+    if opt is not None and opt.bases:
+        row["bases_found"] = list(opt.first_round)
     for side in sides.values():
         side.close()
     rate = {name: tokens / median(t) for name, t in times.items()}
-    return {
-        "what": f"{model} adamw, {tokens} tokens a step, moments {moments}",
-        "peer": "transformers, torch.compile, "
-        + ("bitsandbytes AdamW 32-bit" if moments == "fp32" else "torch fused AdamW"),
+    return row | {
         "tokens_per_s": round(rate["ours"]),
         "peer_tokens_per_s": round(rate["peer"]),
         "ratio": round(median(p / o for o, p in zip(times["ours"], times["peer"], strict=True)), 4),
         "peak_gib": round(peaks["ours"], 2),
         "peer_peak_gib": round(peaks["peer"], 2),
+        "static_gib": round(static["ours"], 2),
+        "peer_static_gib": round(static["peer"], 2),
         "ms": [round(1e3 * t, 2) for t in times["ours"]],
         "peer_ms": [round(1e3 * t, 2) for t in times["peer"]],
         "sequence": 256,
@@ -206,10 +244,15 @@ def main(argv: list[str]) -> int:
         if not Path(args["data"], "meta.json").exists():
             prepare(data.DataConfig(name="sample"), Path(args["data"]), vocab_size=32_000)
     jobs: list[Callable[[], dict[str, Any]]] = []
-    for model in args.get("cases", ",".join(CASES)).split(","):
+    pairs = int(args.get("pairs", 5))
+    for model in args.get("cases", ",".join(CASES) if "optim" in args else DENSE).split(","):
+        if "optim" in args:
+            jobs.append(lambda m=model: compare_methods(m, args["data"], args["optim"], pairs))
+            continue
         for moments in ("fp32", "bf16"):
-            jobs.append(lambda m=model, s=moments: compare(m, args["data"], s, int(args.get("pairs", 5))))
-    jobs.append(lambda: loader_rate(data.DataConfig(name="tokens", train=args["data"]), "data=tokens"))
+            jobs.append(lambda m=model, s=moments: compare(m, args["data"], s, pairs))
+    if "optim" not in args:
+        jobs.append(lambda: loader_rate(data.DataConfig(name="tokens", train=args["data"]), "data=tokens"))
     if "loader" in args:
         *train, last = sorted(glob(args["loader"]))
         text = {"name": "local", "train": train, "validation": last}

@@ -1,0 +1,218 @@
+"""Loss curves at 60M: methods, learning rates and seeds on the same tokens in the same order, none seen twice.
+
+    python compare.py data=FOLDER half_b=FOLDER [out=bench.jsonl] [runs=NAME,NAME] [steps=600] [seeds=0] [commit=ID]
+    python compare.py plot=curves_60m.png [out=bench.jsonl]
+
+FOLDER comes from `python -m data.prepare`; its validation split is half A, on which settings are chosen; `half_b`
+holds half B, which is reported. Each run is one row of the record: settings, loss every 10 steps, perplexity on
+both halves. Ours are `train.Run`; the peer is galore-torch on transformers' model, its recipe as published, but
+with the clock, the loss normalisation and the data of ours.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import data
+from bench import facts
+from configs.cli import parse
+from llama import pretrained
+from llama.eval import evaluate
+from llama.loss import linear_cross_entropy
+from optim import Comm, factor
+from train import Run
+
+TOKENS, MICRO, EVERY = 65_536, 256, 10
+LRS = {
+    "adamw": (1e-3, 2e-3, 4e-3),
+    "adamw_8bit": (1e-3, 2e-3, 4e-3),
+    "galore": (5e-3, 1e-2, 2e-2),
+    "galore_8bit": (5e-3, 1e-2, 2e-2),
+    "galore_torch": (5e-3, 1e-2, 2e-2),
+}
+MORE = {"adamw": ["optim.beta2=0.95"], "adamw_8bit": ["optim.beta2=0.95"]}
+# name -> (method, overrides)
+RUNS: dict[str, tuple[str, list[str]]] = {
+    f"{m} lr={lr:g}": (m, [f"optim.lr={lr}", *MORE.get(m, [])]) for m, lrs in LRS.items() for lr in lrs
+}
+RUNS |= {
+    "adamw lr=0.008 scale=0.125": ("adamw", ["optim.lr=8e-3", "optim.scale=0.125", "optim.beta2=0.95"]),
+    "adamw fp32 lr=0.002": ("adamw", ["optim.lr=2e-3", "optim.beta2=0.95", "weights=fp32"]),
+    "adamw fp32 lr=0.008 scale=0.125": (
+        "adamw", ["optim.lr=8e-3", "optim.scale=0.125", "optim.beta2=0.95", "weights=fp32"],
+    ),
+    "galore_8bit svd together": (
+        "galore_8bit", ["optim.lr=0.01", "optim.finder=svd", "optim.refresh=together", "optim.transport=keep"],
+    ),
+    "galore_8bit dynamic book": ("galore_8bit", ["optim.lr=0.01"]),
+    "adamw_8bit dynamic book": ("adamw_8bit", ["optim.lr=2e-3", "optim.beta2=0.95"]),
+    "galore_sgd scale=10": ("galore_sgd", ["optim.lr=0.01", "optim.scale=10"]),
+    "galore_sgd scale=50": ("galore_sgd", ["optim.lr=0.01", "optim.scale=50"]),
+    "galore_sgd scale=100": ("galore_sgd", ["optim.lr=0.01", "optim.scale=100"]),
+}  # fmt: skip
+
+
+def held_out(folder: str) -> Any:
+    cfg = data.DataConfig(name="tokens", train=folder)
+    return data.build(cfg, vocab_size=32_000, seq_len=256, seed=0).validation()
+
+
+def halves(model: Any, args: dict[str, str]) -> dict[str, float]:
+    """Perplexity and loss on both halves of validation."""
+    comm, found = Comm.from_env(), {}
+    for half in ("a", "b"):
+        got = evaluate(
+            model, held_out(args["data" if half == "a" else "half_b"]), MICRO, rank=0, world=1,
+            all_sum=comm.sum_, device=comm.device,
+        )  # fmt: skip
+        found |= {f"val_loss_{half}": round(got["val_loss"], 4), f"val_ppl_{half}": round(got["val_ppl"], 2)}
+    return found
+
+
+def ours(method: str, overrides: list[str], args: dict[str, str], seed: int) -> dict[str, Any]:
+    steps = int(args.get("steps", 600))
+    with tempfile.TemporaryDirectory() as scratch:
+        argv = ["model=llama_60m", "data=tokens", f"data.train={args['data']}", f"optim={method}", *overrides]
+        argv += [f"tokens_per_step={TOKENS}", f"micro_batch={MICRO}", f"steps={steps}", f"seed={seed}"]
+        cfg = parse([*argv, f"run.dir={scratch}", "run.name=r"]).resolved()
+        run = Run(cfg, Comm.from_env(), Path(scratch), None)
+        begin = time.perf_counter()
+        for step in range(1, steps + 1):
+            batch = next(run.loader)
+            run.step(step, batch, batch.valid)
+            if run.book and run.book.due():
+                run.book.flush()
+        assert run.book
+        run.book.flush()
+        torch.cuda.synchronize()
+        seconds = time.perf_counter() - begin
+        rows = [json.loads(line) for line in open(run.book.path, encoding="utf-8")]
+        kept = rows[EVERY - 1 :: EVERY]
+        row: dict[str, Any] = {"losses": [round(r["loss"], 4) for r in kept]}
+        if "energy" in rows[0]:
+            row["energy"] = [round(r["energy"], 4) for r in kept]
+            row["refresh_share"] = round(sum(r["refresh_share"] for r in rows) / len(rows), 5)
+            row["bases_kept"] = rows[-1]["bases_kept"]
+        with run.precision():
+            row |= halves(run.model, args)
+        run.close()
+    return row | {"tokens_per_s": round(steps * TOKENS / seconds), "settings": overrides}
+
+
+def galore_torch(overrides: list[str], args: dict[str, str], seed: int) -> dict[str, Any]:
+    """The package's AdamW on transformers' model: rank 128, T 200, scale 0.25, exact SVD of all layers together."""
+    from galore_torch import GaLoreAdamW
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    steps, lr = int(args.get("steps", 600)), float(overrides[0].split("=")[1])
+    shape = parse(["model=llama_60m", "data=sample"]).model
+    with tempfile.TemporaryDirectory() as folder:
+        pretrained.write_config(shape, folder, dtype=torch.bfloat16)
+        config = LlamaConfig.from_pretrained(folder, attn_implementation="sdpa", use_cache=False)
+    torch.manual_seed(seed)
+    with torch.device("cuda"):
+        model = LlamaForCausalLM(config).to(torch.bfloat16)
+    blocks = [p for n, p in model.named_parameters() if p.ndim == 2 and ("attn" in n or "mlp" in n)]
+    known = {id(p) for p in blocks}
+    rest = [p for p in model.parameters() if id(p) not in known]
+    low = {"params": blocks, "rank": 128, "update_proj_gap": 200, "scale": 0.25, "proj_type": "std"}
+    opt = GaLoreAdamW([{"params": rest}, low], lr=lr, no_deprecation_warning=True)
+    fast = torch.compile(model.model)
+    cfg = data.DataConfig(name="tokens", train=args["data"])
+    loader = data.build(cfg, vocab_size=32_000, seq_len=256, seed=seed).loader(TOKENS // 256, pin=True)
+    losses, begin = [], time.perf_counter()
+    for step in range(1, steps + 1):
+        for group in opt.param_groups:
+            group["lr"] = lr * factor(step, steps, schedule="cosine", warmup=0.1, min_lr_ratio=0.1)
+        batch = next(loader)
+        x, y = batch.x.cuda(non_blocking=True), batch.y.cuda(non_blocking=True)
+        h = fast(input_ids=x).last_hidden_state
+        loss = linear_cross_entropy(h.flatten(0, 1), model.lm_head.weight, y.flatten()) / batch.valid
+        loss.backward()
+        opt.step()
+        opt.zero_grad(set_to_none=True)
+        losses.append(loss.detach())
+    torch.cuda.synchronize()
+    seconds = time.perf_counter() - begin
+    loader.close()
+
+    class Wrapped(torch.nn.Module):
+        def forward(self, x: Any, labels: Any = None) -> Any:
+            h = fast(input_ids=x).last_hidden_state
+            return linear_cross_entropy(h.flatten(0, 1), model.lm_head.weight, labels.flatten())
+
+    kept = torch.stack(losses).tolist()[EVERY - 1 :: EVERY]
+    row: dict[str, Any] = {"losses": [round(v, 4) for v in kept], **halves(Wrapped(), args)}
+    return row | {"tokens_per_s": round(steps * TOKENS / seconds), "settings": overrides}
+
+
+def plot(record: str, to: str) -> None:
+    import matplotlib
+
+    matplotlib.use("agg")
+    import matplotlib.pyplot as plt
+
+    rows = [json.loads(line) for line in open(record, encoding="utf-8")]
+    best: dict[str, dict[str, Any]] = {}
+    for r in rows:
+        if "losses" in r and (r["method"] not in best or r["val_ppl_a"] < best[r["method"]]["val_ppl_a"]):
+            best[r["method"]] = r
+    figure, axes = plt.subplots(figsize=(8, 5), layout="constrained")
+    for r in sorted(best.values(), key=lambda r: r["val_ppl_b"]):
+        steps = [EVERY * (n + 1) for n in range(len(r["losses"]))]
+        smooth = [sum(r["losses"][max(0, n - 2) : n + 3]) / len(r["losses"][max(0, n - 2) : n + 3])
+                  for n in range(len(steps))]  # fmt: skip
+        label = f"{r['run']}: {r['val_ppl_b']:.1f}"
+        axes.plot(steps, smooth, label=label, linewidth=1.3)
+    axes.set(xlabel=f"step of {TOKENS:,} tokens", ylabel="training loss (nats)", ylim=(4.0, 6.5))
+    axes.set_title("LLaMA 60M, 39.3 M tokens of English prose, best lr of three each")
+    axes.legend(title="perplexity, validation half B", fontsize=8)
+    axes.grid(alpha=0.3)
+    figure.savefig(to, dpi=120)
+
+
+def main(argv: list[str]) -> int:
+    args = dict(a.split("=", 1) for a in argv)
+    record = args.get("out", "bench.jsonl")
+    if "plot" in args:
+        plot(record, args["plot"])
+        return 0
+    if not torch.cuda.is_available():
+        print(f"{__doc__}\nThis needs an NVIDIA GPU, and torch sees none here.", file=sys.stderr)
+        return 2
+    wanted = args["runs"].split(",") if "runs" in args else list(RUNS)
+    for seed in map(int, args.get("seeds", "0").split("+")):
+        for name in wanted:
+            method, overrides = RUNS[name]
+            torch._dynamo.reset()
+            import kernels.reference
+
+            kernels.reference.BOOK = "dynamic" if "dynamic" in name else "linear"
+            work = galore_torch if method == "galore_torch" else ours
+            got = work(overrides, args, seed) if work is galore_torch else ours(method, overrides, args, seed)
+            kind = f"{method} {name.split(' ', 1)[1].split('=')[0]}" if "lr=" not in name else method
+            row = {
+                "what": "llama_60m trained",
+                "run": name,
+                "method": kind,
+                "seed": seed,
+                "tokens": 39_321_600,
+            }
+            row |= {**got, "epochs": "less than one", **facts(args.get("commit"))}
+            with open(record, "a", encoding="utf-8") as f:
+                f.write(json.dumps(row) + "\n")
+            print(f"{name:<36} seed {seed}  A {row['val_ppl_a']:8.2f}  B {row['val_ppl_b']:8.2f}"
+                  f"  {row['tokens_per_s']:>10,} tok/s", flush=True)  # fmt: skip
+            torch.cuda.empty_cache()
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
