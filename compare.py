@@ -1,12 +1,13 @@
-"""Loss curves at 60M: methods, learning rates and seeds on the same tokens in the same order, none seen twice.
+"""Loss curves at 60M: methods, learning rates and seeds on the same tokens in the same order, none seen
+twice.
 
-    python compare.py data=FOLDER half_b=FOLDER [out=bench.jsonl] [runs=NAME,NAME] [steps=600] [seeds=0] [commit=ID]
-    python compare.py plot=curves_60m.png [out=bench.jsonl]
+    python compare.py data=FOLDER half_b=FOLDER [out=bench.jsonl] [runs=NAME,NAME] [steps=600] [seeds=0]
+    [commit=ID] python compare.py plot=curves_60m.png [out=bench.jsonl]
 
-FOLDER comes from `python -m data.prepare`; its validation split is half A, on which settings are chosen; `half_b`
-holds half B, which is reported. Each run is one row of the record: settings, loss every 10 steps, perplexity on
-both halves. Ours are `train.Run`; the peer is galore-torch on transformers' model, its recipe as published, but
-with the clock, the loss normalisation and the data of ours.
+FOLDER comes from `python -m data.prepare`; its validation split is half A, on which settings are chosen;
+`half_b` holds half B, which is reported. Each run is one row of the record: settings, loss every 10 steps,
+perplexity on both halves. Ours are `train.Run`; the peer is galore-torch on transformers' model, its recipe
+as published, but with the clock, the loss normalisation and the data of ours.
 """
 
 from __future__ import annotations
@@ -107,7 +108,8 @@ def ours(method: str, overrides: list[str], args: dict[str, str], seed: int) -> 
 
 
 def galore_torch(overrides: list[str], args: dict[str, str], seed: int) -> dict[str, Any]:
-    """The package's AdamW on transformers' model: rank 128, T 200, scale 0.25, exact SVD of all layers together."""
+    """The package's AdamW on transformers' model: rank 128, T 200, scale 0.25, exact SVD of all layers
+    together."""
     from galore_torch import GaLoreAdamW
     from transformers import LlamaConfig, LlamaForCausalLM
 

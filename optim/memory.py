@@ -51,7 +51,7 @@ def entries(e: Engine) -> list[Entry]:
     for b in e.bases:
         add("bases", b.n * b.r, b.qs.dtype)
         add("probe S", b.n * b.k, b.qs.dtype)
-        add("probe Q^T S", b.r * b.k, torch.promote_types(b.qs.dtype, torch.float32))
+        add("probe Q^T S", b.r * b.k, b.qs.dtype)
     # table of 8, t, two squares, two numbers of all
     add("scalars", (8 + 1 + 2) * n + 2, wide)
     add("scalars", n, torch.int64)  # param group of each

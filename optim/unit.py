@@ -47,7 +47,7 @@ class Basis:
     k: int  # columns of the probe beside it
     units: list[Unit] = field(default_factory=list)
     qs: Tensor = field(init=False)  # (n, r + k), basis dtype: [Q, S]
-    cross: Tensor = field(init=False)  # (r, k) Q^T S, fp32
+    cross: Tensor = field(init=False)  # (r, k) Q^T S, basis dtype
     count: int = 0  # refreshes done
     due: bool = False  # this step replaces it
     arrived: int = 0  # of its units, on its refresh step
@@ -66,7 +66,7 @@ class Basis:
 
     def _cross(self) -> Tensor:
         wide = torch.promote_types(self.qs.dtype, torch.float32)
-        return self.q.to(wide).t() @ self.s.to(wide)
+        return (self.q.to(wide).t() @ self.s.to(wide)).to(self.qs.dtype)
 
     def load_(self, qs: Tensor, count: int) -> None:
         self.qs.copy_(qs)
@@ -76,9 +76,7 @@ class Basis:
     def begin(self, seed: int, device: torch.device, dtype: torch.dtype) -> None:
         """A random basis and probe; on the meta device shapes only."""
         self.qs = torch.empty(self.n, self.r + self.k, dtype=dtype, device=device)
-        self.cross = torch.empty(
-            self.r, self.k, dtype=torch.promote_types(dtype, torch.float32), device=device
-        )
+        self.cross = torch.empty(self.r, self.k, dtype=dtype, device=device)
         if device.type != "meta":
             wide = torch.promote_types(dtype, torch.float32)
             self.replace_(
@@ -222,21 +220,16 @@ class Unit:
             g = self.p.q.to(g.dtype).t() @ g
         return g @ self.q.q.to(g.dtype) if self.q else g
 
-    def squares(self, r: Tensor, z: Tensor | None, wide: torch.dtype) -> Tensor:
-        """(2,): captured = ||R||^2 and the estimate of ||G||^2; without a probe the same twice."""
-        captured = torch.linalg.vector_norm(r, dtype=wide).square()
-        if z is None:
-            return torch.stack([captured, captured])
+    def outside(self, r: Tensor, z: Tensor) -> Tensor:
+        """Z - back(R) S: the probe's view of what the basis does not hold; its square over k estimates
+        that."""
+        if self.q and self.p:
+            inside = self.p.q.to(r.dtype) @ (r @ self.q.cross.to(r.dtype))
+            return z - inside
         if self.q:
-            inside = r @ self.q.cross.to(r.dtype)
-            if self.p:
-                inside = self.p.q.to(r.dtype) @ inside
-        else:
-            assert self.p is not None
-            inside = self.p.cross.to(r.dtype).t() @ r
-        k = self.q.k if self.q else self.p.k  # type: ignore[union-attr]
-        outside = torch.linalg.vector_norm(z - inside, dtype=wide).square() / k
-        return torch.stack([captured, captured + outside])
+            return torch.addmm(z, r, self.q.cross.to(r.dtype), alpha=-1)
+        assert self.p is not None
+        return torch.addmm(z, self.p.cross.to(r.dtype).t(), r, alpha=-1)
 
     def lift_(self, n: Tensor, keep: Tensor | None) -> None:
         """W <- keep W + back(N), N = -lr * direction."""
