@@ -142,6 +142,7 @@ def test_sgd_equals_the_dense_oracle():
 
 
 @kills("optim/refresh.py", "min(every, max(warmup, bases))", "max(warmup, bases)")
+@kills("optim/refresh.py", "update == 1 + b * window // bases", "update == b * window // bases")
 @kills("optim/refresh.py", "update % every == b * every // bases", "update % every == b")
 def test_the_schedule_of_refreshes():
     """Each basis once in the first round, within min(T, max(warm-up, B)) updates; then once every T."""
