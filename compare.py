@@ -50,7 +50,8 @@ RUNS |= {
         "adamw", ["optim.lr=8e-3", "optim.scale=0.125", "optim.beta2=0.95", "weights=fp32"],
     ),
     "galore_8bit svd together": (
-        "galore_8bit", ["optim.lr=0.01", "optim.finder=svd", "optim.refresh=together", "optim.transport=keep"],
+        "galore_8bit",
+        ["optim.lr=0.01", "optim.finder=svd", "optim.refresh=together", "optim.transport=keep"],
     ),
     "galore_8bit dynamic book": ("galore_8bit", ["optim.lr=0.01"]),
     "adamw_8bit dynamic book": ("adamw_8bit", ["optim.lr=2e-3", "optim.beta2=0.95"]),

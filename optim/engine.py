@@ -37,7 +37,7 @@ from .refresh import Eager, Refresher, due
 from .rules import Rule
 from .scalars import Scalars
 from .unit import PROBE, Basis, Unit, local
-from .watch import Watch
+from .watch import TOUCHED, WHOLE, Watch
 
 Column = kernels.Column
 LAGGED = ("global_estimated", "projected")  # clip modes that in backward know the last step's norm only
@@ -45,10 +45,6 @@ LAGGED = ("global_estimated", "projected")  # clip modes that in backward know t
 # where a block's Rs are 0.09; at 1b the host needs 1.1 ms a matrix without.
 HELD = 2**26
 NORM_OF = {"projected": 0}  # clip mode -> column of Scalars.squares; all others 1
-WHOLE = (
-    "the whole model was compiled: its backward hands out all gradients at its end, and each refreshed layer "
-    "compiles it anew; compile the blocks one by one instead (for block in model.layers: block.compile())"
-)
 
 
 def basis_dtype(cfg: OptimConfig, w: Tensor) -> torch.dtype:
@@ -233,7 +229,9 @@ class Engine(torch.optim.Optimizer):
         if u is self._smallest and self._seen is not None:
             version, before = self._seen
             if grads[0]._version != version and not torch.equal(before, grads[0]):
-                self._touched()
+                if not self._warned:
+                    warnings.warn(TOUCHED, stacklevel=4)
+                self._warned = True
         self._flight.append((u, self.reduce.start(u, grads)))
 
     def _land(self) -> None:
@@ -372,17 +370,6 @@ class Engine(torch.optim.Optimizer):
             for u in self.units:
                 u.drop()
             self._prepare()
-
-    def _touched(self) -> None:
-        if not self._warned:
-            self._warned = True
-            warnings.warn(
-                "gradients were changed between backward and step(), perhaps by clip_grad_norm_ (in "
-                "transformers.Trainer: max_grad_norm). That reaches embeddings, head and gains only: "
-                "projected weights have no .grad. Set max_grad_norm=0 there and use optim.clip, which "
-                "clips all of them",
-                stacklevel=4,
-            )
 
     # ---- state
 

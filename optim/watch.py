@@ -11,6 +11,17 @@ if TYPE_CHECKING:
     from .engine import Engine
 
 
+WHOLE = (
+    "the whole model was compiled: its backward hands out all gradients at its end, and each refreshed layer "
+    "compiles it anew; compile the blocks one by one instead (for block in model.layers: block.compile())"
+)
+TOUCHED = (
+    "gradients were changed between backward and step(), perhaps by clip_grad_norm_ (transformers.Trainer: "
+    "max_grad_norm). That reaches embeddings, head and gains only: projected weights have no .grad. Set "
+    "max_grad_norm=0 there and use optim.clip, which clips all of them"
+)
+
+
 class _Nothing:
     def __call__(self, module: nn.Module, args: Any) -> None:
         pass

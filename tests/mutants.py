@@ -73,6 +73,9 @@ def main(argv: list[str]) -> int:
         verdicts = list(pool.map(verdict, found))
     for m, v in zip(found, verdicts, strict=True):
         print(f"{v:<10} {m.test.removeprefix('tests/')}\n{'':11}{m.file}: {m.old!r} -> {m.new!r}")
+    for test in dict.fromkeys(m.test for m in found):
+        own = [v for m, v in zip(found, verdicts, strict=True) if m.test == test]
+        print(f"{own.count('killed'):>2}/{len(own)} {test.removeprefix('tests/')}")
     bad = sum(v != "killed" for v in verdicts)
     print(f"{len(found) - bad} of {len(found)} killed")
     return bad > 0 or not found

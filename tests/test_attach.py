@@ -41,7 +41,12 @@ def storage(model):
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("make", [Tiny, hf_llama], ids=["tiny", "transformers"])
 @kills("optim/layer.py", "layer.weight.requires_grad_(False)", "layer.basis = nn.Parameter(torch.zeros(2))")
-@kills("optim/layer.py", "    layer.weight.requires_grad_(True)\n\n\n", "    pass\n\n\n")
+@kills(
+    "optim/layer.py",
+    "ignore[assignment]\n    layer.weight.requires_grad_(True)",
+    "ignore[assignment]",
+)
+@kills("optim/engine.py", "self._root_hook.remove()", "pass")
 def test_attach_and_detach_leave_the_model_as_it_is_invariant_45(make, method):
     model = make()
     state = {k: v.clone() for k, v in model.state_dict().items()}
@@ -301,6 +306,9 @@ def test_tied_embedding_is_dense():
 # ---- who gets what
 
 
+@kills("optim/refresh.py", "whole if b.side", "whole[:1] if b.side")
+@kills("optim/engine.py", "if b.due and b.arrived == len(b.units):", "if b.due and b.arrived == 1:")
+@kills("optim/attach.py", "family = family_of(u) if cfg.share", "family = u.name if cfg.share")
 def test_a_shared_basis_is_that_of_the_stacked_weight_invariant_48():
     """q, k, v with one basis train as one linear layer of their rows."""
 

@@ -2,6 +2,7 @@
 METHODS."""
 
 import copy
+import functools
 import io
 
 import pytest
@@ -43,6 +44,7 @@ class Momentum(Rule):
 
 
 METHODS_TESTED = [*METHODS, "momentum", "momentum_8bit"]
+PROJECTED = [m for m in METHODS_TESTED if m not in ("adamw", "adamw_8bit")]
 SIDES = ("input", "output", "paper", "long", "both")
 
 
@@ -75,6 +77,14 @@ def projected(name):
     return METHODS[name].config is ProjectedConfig
 
 
+@functools.cache
+def reference(method, micro=1):
+    """What `run` gives, trained once for all tests: to be read only. Every basis is replaced twice."""
+    trained = run(method, micro=micro)
+    assert all(b.count >= 2 for b in trained[1].bases)
+    return trained
+
+
 # ---- the rule, its basis and the schedule
 
 
@@ -91,37 +101,48 @@ def projected(name):
     ],
     ids=str,
 )
-@kills("optim/rules/rule.py", "-h[column.LR] * u", "h[column.LR] * u")
 @kills("optim/unit.py", "kernels.lift_(w, n, self.q.q.t(), keep)", "kernels.lift_(w, n, self.q.s.t(), keep)")
 @kills("optim/unit.py", "else n @ self.q.q.to(n.dtype).t()", "else n @ self.q.q.to(n.dtype).flip(1).t()")
 @kills("optim/scalars.py", "[lr * scale, 1 - lr * decay]", "[lr, 1 - lr * decay]")
 @kills("optim/refresh.py", 'policy = "reset" if first', 'policy = "keep" if first')
 @kills("optim/refresh.py", "b.replace_(q, self.seed)", "pass")
 @kills("optim/engine.py", "r = m.coordinates(g)", "r = m.coordinates(g) * 1.01")
-@kills("optim/refresh.py", "update == 1 + b * window // bases", "update == b * window // bases")
+@kills("optim/refresh.py", "m, v = subspace.transport(m, v, c, policy, dim)", "pass")
+@kills("optim/refresh.py", "c = old.t() @ b.q.to(wide)", "c = b.q.to(wide).t() @ old")
+@kills("optim/refresh.py", 'dim = -1 if b.side == "input" else 0', "dim = -1")
+@kills("optim/scalars.py", "self.table[:, Column.T] - 1 + ok", "self.table[:, Column.T] - 1")
+@kills("optim/scalars.py", "self.t[u.index] = 0\n        self.table[u.index, Column.T] = 1", "pass")
 def test_equals_the_dense_oracle_invariant_47(side, settings):
     """Random first bases, a staggered first round and further rounds: engine = whole gradients, projected."""
     settings = {**SETTINGS, "eps": 1e-6, "side": side, **settings}
     model, plain = Tiny(), Tiny()
     opt = attach(model, "galore", **settings)
     oracle = Oracle(plain, opt, eps=1e-6)
-    losses = train(model, opt, batches(8))
-    reference = train(plain, oracle, batches(8))
+    losses = train(model, opt, batches(6))
+    expected = train(plain, oracle, batches(6))
     assert all(b.count >= 2 for b in opt.bases)
     close(plain, model, 1e-11)
-    assert losses == pytest.approx(reference, rel=1e-11)
+    assert losses == pytest.approx(expected, rel=1e-11)
 
 
+@kills("optim/rules/rule.py", "-h[column.LR] * u", "h[column.LR] * u")
+@kills(
+    "optim/unit.py",
+    "                leaf.grad = None\n        return grads",
+    "                pass\n        return grads",
+)
 def test_sgd_equals_the_dense_oracle():
     model, plain = Tiny(), Tiny()
     opt = attach(model, "galore_sgd", **SETTINGS)
     oracle = Oracle(plain, opt, adam=False)
-    train(model, opt, batches(8))
-    train(plain, oracle, batches(8))
+    train(model, opt, batches(6))
+    train(plain, oracle, batches(6))
+    assert all(b.count >= 2 for b in opt.bases)
     close(plain, model)
 
 
 @kills("optim/refresh.py", "min(every, max(warmup, bases))", "max(warmup, bases)")
+@kills("optim/refresh.py", "update == 1 + b * window // bases", "update == b * window // bases")
 @kills("optim/refresh.py", "update % every == b * every // bases", "update % every == b")
 def test_the_schedule_of_refreshes():
     """Each basis once in the first round, within min(T, max(warm-up, B)) updates; then once every T."""
@@ -141,8 +162,10 @@ def test_the_schedule_of_refreshes():
 @kills(
     "optim/unit.py",
     "return g @ self.q.q.to(g.dtype) if self.q else g",
-    "return g @ self.q.s.to(g.dtype)[:, :4] if self.q else g",
+    "return g @ self.q.q.to(g.dtype).flip(1) if self.q else g",
 )
+@kills("optim/refresh.py", "b.replace_(q, self.seed)", "pass")
+@kills("optim/refresh.py", "return update % every == 0", "return update % every == 0 and update != 2")
 def test_sgd_at_full_rank_is_sgd_invariant_4():
     """rho = 1, r = min(out, in), T = 1, every basis from this step's G: exactly gradient descent."""
     for side in ("input", "output"):
@@ -195,6 +218,8 @@ def with_coordinates(opt, scale, lr=1e-2):
 
 @pytest.mark.parametrize("side", ("input", "output", "both"))
 @kills("optim/layer.py", "left = dy.to(wide) @ p.to(wide)", "left = dy.to(wide) @ p.to(wide).flip(1)")
+@kills("optim/layer.py", "left = dy.to(wide) @ p.to(wide)", "left = -(dy.to(wide) @ p.to(wide))")
+@kills("optim/scalars.py", "[lr * scale, 1 - lr * decay]", "[lr, 1 - lr * decay]")
 def test_fixed_basis_is_adam_on_coordinates_invariant_5(side, fixed):
     """Between refreshes: torch's Adam on C, W = W_0 + scale C Q^T, is the same training."""
     model = Tiny()
@@ -204,6 +229,12 @@ def test_fixed_basis_is_adam_on_coordinates_invariant_5(side, fixed):
     assert losses == pytest.approx(other, rel=1e-11)
 
 
+@kills(
+    "optim/unit.py", "kernels.lift_(w, self.p.q, back, keep)", "kernels.lift_(w, self.p.q.abs(), back, keep)"
+)
+@kills(
+    "optim/unit.py", "kernels.lift_(w, self.p.q, back, keep)", "kernels.lift_(w, self.p.s[:, :4], back, keep)"
+)
 def test_adam_in_a_selection_of_rows_is_adam_on_them_invariant_5b(fixed):
     """P a signed choice of coordinates: plain Adam on those rows, nothing on the others."""
     model, plain = Tiny(), Tiny()
@@ -225,6 +256,14 @@ def test_adam_in_a_selection_of_rows_is_adam_on_them_invariant_5b(fixed):
             assert torch.equal(p[4:], old[4:]) and not torch.equal(p[:4], old[:4])
 
 
+@kills(
+    "optim/unit.py",
+    "kernels.lift_(w, n, self.q.q.t(), keep)",
+    "kernels.lift_(w, n, self.q.q.abs().t(), keep)",
+)
+@kills(
+    "optim/methods.py", '"galore": Method(adam, Projected', '"galore": Method(lambda cfg: Sgd(), Projected'
+)
 def test_signs_and_order_of_a_basis_do_not_matter_a_rotation_does_invariant_6(fixed):
     g = torch.Generator().manual_seed(3)
     ends = []
@@ -249,6 +288,9 @@ def test_signs_and_order_of_a_basis_do_not_matter_a_rotation_does_invariant_6(fi
     "kernels.lift_(w, self.p.q, back, keep)",
     "kernels.lift_(w, self.p.q.flip(0), back, keep)",
 )
+@kills(
+    "optim/unit.py", "kernels.lift_(w, n, self.q.q.t(), keep)", "kernels.lift_(w, n, self.q.s.t()[:4], keep)"
+)
 def test_a_weight_moves_within_its_span_invariant_7(fixed):
     for side in ("input", "output", "both"):
         model, start = Tiny(), Tiny()
@@ -266,6 +308,11 @@ def test_a_weight_moves_within_its_span_invariant_7(fixed):
 
 
 @pytest.mark.parametrize("method", ["adamw", "galore"])
+@kills("kernels/reference.py", "beta2 * v + (1 - beta2) * g * g", "beta2 * v + (1 - beta2) * g.abs()")
+@kills("kernels/reference.py", "torch.sqrt(h[Column.FIX2]) + eps)", "torch.sqrt(h[Column.FIX2]) + 1e-8)")
+@kills(
+    "optim/subspace.py", "KEEP_OLD * torch.linalg.vector_norm(y, dim=0).amax() * q", "KEEP_OLD * q / inverse"
+)
 def test_scale_of_the_loss_does_not_matter_invariant_9(method):
     """eps -> 0: gradients c times as large, the same updates, through refreshes too."""
     ends = []
@@ -286,32 +333,37 @@ def test_scale_of_the_loss_does_not_matter_invariant_9(method):
 
 @pytest.mark.parametrize("method", METHODS_TESTED)
 @kills("optim/engine.py", "self.accum_steps * self._pass for i", "1 for i")
-@kills(
-    "optim/unit.py",
-    "                leaf.grad = None\n        return grads",
-    "                pass\n        return grads",
-)
+@kills("optim/unit.py", "grads.append(leaf.grad)", "grads.append(leaf.grad / max(self.fired))")
 def test_micro_batches_equal_one_batch_invariant_20(method):
     """K = 4 = K = 1, refresh steps included: the loss is divided by the tokens of the whole step."""
-    one, opt, losses = run(method)
+    one, _, losses = reference(method)
     many, _, summed = run(method, micro=4)
-    assert not opt.bases or all(b.count >= 2 for b in opt.bases)
     close(one, many)
     assert losses == pytest.approx(summed, rel=1e-12)
 
 
+@kills("optim/unit.py", "grads.append(leaf.grad)", "grads.append(leaf.grad / max(self.fired))")
+@kills("optim/engine.py", "r, z = u.split(grads)", "r, z = u.split([g / self.accum_steps for g in grads])")
 def test_a_mean_of_means_is_another_gradient_invariant_20b():
     """What published loops do: each micro-batch divided by its own tokens. With unequal counts that is
-    wrong."""
-    tokens, ends = batches(1)[0], []
-    for own_mean in (False, True):
+    wrong; the engine sums what it is given."""
+    tokens = batches(1)[0]
+    parts = ((tokens[:6], 6), (tokens[6:], 2))
+    moves = []
+    for mode in ("one graph", "micro-batches", "own means"):
         model = Tiny()
-        for part, kept in ((tokens[:6], 6), (tokens[6:], 2)):
-            loss = summed_loss(model, part[:, :kept])
-            counted = 6 * (kept - 1)
-            (loss / (2 * counted) if own_mean else loss / 36).backward()
-        ends.append(torch.cat([p.grad.flatten() for p in model.parameters()]))
-    assert (ends[0] - ends[1]).norm() > 0.05 * ends[0].norm()
+        opt = attach(model, "galore_sgd", **SETTINGS, accum_steps=1 if mode == "one graph" else 2)
+        sums = (summed_loss(model, part[:, :kept]) for part, kept in parts)
+        if mode == "one graph":
+            (sum(sums) / 36).backward()
+        else:
+            for loss, counted in zip(sums, (30, 6), strict=True):
+                (loss / (2 * counted if mode == "own means" else 36)).backward()
+        opt.step()
+        now, start = dict(model.named_parameters()), dict(Tiny().named_parameters())
+        moves.append(torch.cat([(now[u.name] - start[u.name]).flatten() for u in opt.units if u.projected]))
+    assert (moves[0] - moves[1]).norm() <= 1e-12 * moves[0].norm()
+    assert (moves[0] - moves[2]).norm() > 0.05 * moves[0].norm()
 
 
 @pytest.mark.parametrize("micro", [1, 3])
@@ -320,6 +372,16 @@ def test_a_mean_of_means_is_another_gradient_invariant_20b():
     "optim/engine.py",
     "if self.in_backward and u not in self._late:\n                    u.param.grad = None",
     "if False:\n                    pass",
+)
+@kills(
+    "optim/engine.py",
+    "self.accum_steps * self._pass for i",
+    "(1 if self.in_backward else self.accum_steps) for i",
+)
+@kills(
+    "optim/engine.py",
+    'Landed("whole", m, r, g)',
+    'Landed("whole", m, r + 1e-9 * self.in_backward, g)',
 )
 def test_in_backward_equals_after_bitwise_invariant_19(method, micro, monkeypatch):
     inside, opt, a = run(method, micro=micro, update="in_backward", **off(method))
@@ -337,11 +399,12 @@ def off(method):
     return {} if projected(method) else {"clip_mode": "off"}
 
 
-@pytest.mark.parametrize("method", METHODS_TESTED)
+@pytest.mark.parametrize("method", PROJECTED)  # dense methods clip by the exact global norm
+@kills(
+    "optim/scalars.py", "coefficient(clip, self.squares[rows, 0].sqrt())", "coefficient(clip, self.total(0))"
+)
 def test_per_layer_clip_in_backward_equals_after_bitwise(method):
-    if not projected(method):
-        return  # dense methods clip by the exact global norm
-    inside, opt, _ = run(method, update="in_backward", clip=0.01, clip_mode="per_layer")
+    inside, _, _ = run(method, update="in_backward", clip=0.01, clip_mode="per_layer")
     after, _, _ = run(method, update="after", clip=0.01, clip_mode="per_layer")
     assert torch.equal(flat(inside), flat(after))
 
@@ -349,7 +412,7 @@ def test_per_layer_clip_in_backward_equals_after_bitwise(method):
 @pytest.mark.parametrize("reentrant", [False, True])
 @pytest.mark.parametrize("method", METHODS_TESTED)
 def test_checkpointed_equals_not(method, reentrant):
-    plain, _, _ = run(method)
+    plain, _, _ = reference(method)
     saved, _, _ = run(method, model=Tiny(checkpointing=reentrant), micro=2)
     close(plain, saved)
 
@@ -426,6 +489,17 @@ def test_a_model_compiled_whole_is_warned_about():
 # ---- clipping
 
 
+@kills(
+    "optim/engine.py",
+    "self.scalars.clip_all(self.cfg.clip, self.scalars.total(1))",
+    "self.scalars.clip_all(self.cfg.clip, self.scalars.norm)",
+)
+@kills(
+    "optim/engine.py",
+    "for x in batch:\n                x.unit.param.grad = None",
+    "pass",
+)
+@kills("optim/scalars.py", "return (clip / (norm + 1e-6)).clamp(max=1)", "return torch.ones_like(norm)")
 def test_two_pass_clip_equals_exact_invariant_21():
     exact, a, _ = run("adamw", clip=0.3)
     twice, b, _ = run("adamw", clip=0.3, clip_mode="two_pass")
@@ -446,9 +520,9 @@ def test_two_pass_clip_equals_exact_invariant_21():
 @kills("optim/scalars.py", "self.squares[rows, 0].sqrt()", "self.squares[rows, 1].sqrt()")
 def test_clip_modes_follow_their_definition(mode, lagged, fixed):
     """Against a float64 loop on plain gradients; in backward the global modes use the last step's norm."""
-    update = "in_backward" if lagged else "after"
+    update, clip = "in_backward" if lagged else "after", 0.01 if mode == "per_layer" else 0.5
     model = Tiny()
-    opt = attach(model, "galore", **SETTINGS, clip=0.5, clip_mode=mode, update=update, eps=1e-6)
+    opt = attach(model, "galore", **SETTINGS, clip=clip, clip_mode=mode, update=update, eps=1e-6)
     plain, adam = with_coordinates(opt, 0.25)
     for g in adam.param_groups:
         g["eps"] = 1e-6
@@ -461,17 +535,19 @@ def test_clip_modes_follow_their_definition(mode, lagged, fixed):
         parts = {n: p.grad.norm() for n, p in plain.named_parameters()}
         if mode == "per_layer":
             for n, p in plain.named_parameters():
-                p.grad *= (0.5 / (parts[n] + 1e-6)).clamp(max=1)
+                c = (clip / (parts[n] + 1e-6)).clamp(max=1)
+                used.append(float(c))
+                p.grad *= c
         else:
             own = torch.stack(list(parts.values())).norm() if mode == "projected" else opt.stats["grad_norm"]
             norm, last = (last, own) if lagged else (own, own)
-            c = 1.0 if norm is None else (0.5 / (norm + 1e-6)).clamp(max=1)
+            c = 1.0 if norm is None else (clip / (norm + 1e-6)).clamp(max=1)
             used.append(float(c))
             for p in plain.parameters():
                 p.grad *= c
         adam.step()
         adam.zero_grad()
-    assert mode == "per_layer" or min(used[1:]) < 1
+    assert min(used[1:]) < 1
     for u in opt.units:
         if u.projected:
             c = plain.get_submodule(u.name.removesuffix(".weight")).c
@@ -499,20 +575,19 @@ def on_rank(rank, world, method, settings, rows):
     hashes = []
 
     def note(n):
-        if n % 3 == 0 and not rows:
+        if n % 3 == 2 and not rows:
             buffer = io.BytesIO()
             state = opt.state_dict()["state"]
             state["engine"] = {k: v for k, v in state["engine"].items() if k != "fallbacks"}
             torch.save([model.state_dict(), state], buffer)
             hashes.append(hash(buffer.getvalue()))
 
-    train(model, opt, batches(8), micro=2, rank=rank, world=world, after_step=note)
+    train(model, opt, batches(6), micro=2, rank=rank, world=world, after_step=note)
     whole = [p.detach().full_tensor() if rows else p.detach() for p in model.parameters()]
     return torch.cat([w.flatten() for w in whole]), float(opt.stats["grad_norm"]), hashes
 
 
-@pytest.mark.parametrize("world", [2, 3])
-@pytest.mark.parametrize("method", METHODS_TESTED)
+@pytest.mark.parametrize(("method", "world"), [*((m, 2) for m in METHODS_TESTED), ("galore_8bit", 3)])
 @kills(
     "optim/reduce.py",
     "works = [dist.all_reduce(g, group=self.group, async_op=True) for g in grads]",
@@ -524,23 +599,29 @@ def on_rank(rank, world, method, settings, rows):
     "return Flight(grads, works, [], self.world)",
 )
 @kills("optim/engine.py", "grads = flight.land()", "grads = flight.out")
+@kills("optim/refresh.py", "self.reduce.from_owner_(q, owner)", "pass")
+@kills("optim/attach.py", 'comm = Reduce(group, reduce == "mean")', "comm = Reduce(group, True)")
 def test_ranks_equal_one_and_each_other_invariant_23(method, world):
     """Replicas on different data = one process on all of it; bit-equal weights, bases and state on all
     ranks."""
-    one, opt, _ = run(method, micro=2)
+    one, opt, _ = reference(method, micro=2)
     ranks = parallel(world, on_rank, method, {}, False)
-    assert all(torch.equal(r[0], ranks[0][0]) and r[2] == ranks[0][2] for r in ranks)
+    assert len(ranks[0][2]) == 2 and all(
+        torch.equal(r[0], ranks[0][0]) and r[2] == ranks[0][2] for r in ranks
+    )
     assert (ranks[0][0] - flat(one)).norm() <= 1e-12 * moved(one, START)
     assert ranks[0][1] == pytest.approx(float(opt.stats["grad_norm"]), rel=1e-12)
 
 
-@pytest.mark.parametrize("world", [2, 3])
-@pytest.mark.parametrize("method", [m for m in METHODS_TESTED if m != "adamw_8bit"])
+@pytest.mark.parametrize(
+    ("method", "world"),
+    [*((m, 2) for m in METHODS_TESTED if m != "adamw_8bit"), ("galore_8bit", 3)],
+)
 @kills("optim/reduce.py", "out.append(mine[:rows])", "out.append(mine[:rows] * 2)")
 @kills("optim/reduce.py", "return torch.where(mask, total, t)", "return t")
 def test_row_shards_equal_one(method, world):
     """fully_shard before attach: R is reduce-scattered by rows, moments and update stay on the shard."""
-    one, opt, _ = run(method, micro=2)
+    one, opt, _ = reference(method, micro=2)
     ranks = parallel(world, on_rank, method, {}, True)
     for flat_weights, norm, _ in ranks:
         assert (flat_weights - flat(one)).norm() <= 1e-12 * moved(one, START)
@@ -577,6 +658,8 @@ def test_a_divergent_rank_is_seen():
     "self.cross.copy_(self._cross())",
 )
 @kills("optim/state.py", 'e.scalars.norm.copy_(own["norm"])', "pass")
+@kills("optim/state.py", 'e.scalars.t[u.index] = state[u.name]["t"]', "pass")
+@kills("optim/state.py", "tensor.copy_(state[u.name][key])", "pass")
 def test_resumes_bitwise_after_any_step_invariant_22(method):
     """Saved after each of 7 steps, one before and one after refreshes among them, through a file."""
     steps, clip = 7, {"clip": 0.5} if projected(method) else {}
@@ -629,6 +712,11 @@ def test_a_state_of_another_method_or_shape_changes_nothing():
 
 @kills("optim/engine.py", "                b.due = False\n", "                b.due = b.due\n")
 @kills("optim/layer.py", "if self.refresh:", "if self.refresh and False:")
+@kills(
+    "optim/engine.py", "self._held[u.index] = grads[0]", "self._held[u.index] = grads[0] / self.accum_steps"
+)
+@kills("optim/refresh.py", "b.replace_(q, self.seed)", "pass")
+@kills("optim/engine.py", "g = self._held.pop(m.index)", "g = self._held[m.index]")
 def test_refresh_step_invariant_49(monkeypatch):
     """R = G Q_new exactly, with G summed over micro-batches; one group's G is alive at a time."""
     model, plain = Tiny(), Tiny()
@@ -767,8 +855,12 @@ def test_accumulation_may_change_between_steps():
     close(one, model)
 
 
-@pytest.mark.parametrize("method", METHODS_TESTED)
-def test_no_two_methods_train_alike(method):
+@kills(
+    "optim/methods.py",
+    '"adamw_8bit": Method(adam, OptimConfig, {"moments": "int8"})',
+    '"adamw_8bit": Method(adam, OptimConfig)',
+)
+def test_no_two_methods_train_alike():
     """Same seed, same data: the losses of any two methods differ."""
-    losses = {m: run(m)[2] for m in METHODS_TESTED}
-    assert sum(losses[m] == losses[method] for m in METHODS_TESTED) == 1
+    losses = [tuple(reference(m)[2]) for m in METHODS_TESTED]
+    assert len(set(losses)) == len(losses)

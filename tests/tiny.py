@@ -99,7 +99,7 @@ def moved(model, start):
     return (flat(model) - start).norm()
 
 
-def run(method, steps=8, micro=1, model=None, compiled=False, seed=1, **settings):
+def run(method, steps=6, micro=1, model=None, compiled=False, seed=1, **settings):
     """A trained Tiny, its optimizer and losses."""
     model = Tiny() if model is None else model
     opt = attach(model, method, accum_steps=micro, **{**keys(method), **settings})
