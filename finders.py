@@ -1,0 +1,120 @@
+"""How good are the bases that `warm` finds: against exact SVD, on gradients of a run in progress.
+
+    python finders.py data=FOLDER [model=llama_1b] [each=7] [at=5,50,500] [out=bench.jsonl] [commit=ID]
+
+Trains with galore_8bit (4096 tokens a step, T = 200). After the steps `at` it forms, for `each` bases of
+every kind (qkv, o, gate-up, down), the whole gradient G of the next batch and of the one after it. One row a
+kind and step: the residual ||G - G Q Q^T|| of warm with 1 and 2 iterations over that of the exact basis
+(where that is above 1% of ||G||), and the energy of the following batch that each captures.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections import defaultdict
+from statistics import mean, median
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from bench import Ours, facts
+from llama.model import eager
+from optim import subspace
+from optim.layer import ProjectedLinear
+
+KINDS = {"q_proj": "qkv", "o_proj": "o", "gate_proj": "gate-up", "down_proj": "down"}
+
+
+def gradients(run: Any, bases: list[Any], batch: Any) -> list[list[Tensor]]:
+    """Whole gradients (out, in) of every weight of each basis; no hook fires and nothing is updated."""
+    layers = [u.layers[0] for b in bases for u in b.units]
+    for layer in layers:
+        layer.__class__ = nn.Linear
+        layer.weight.requires_grad_(True)
+    with eager(run.model):
+        loss = run.model(batch.x.cuda(), batch.y.cuda()) / batch.valid
+        flat = list(torch.autograd.grad(loss, [layer.weight for layer in layers]))
+    for layer in layers:
+        layer.weight.requires_grad_(False)
+        layer.__class__ = ProjectedLinear
+    return [[flat.pop(0) for _ in b.units] for b in bases]
+
+
+def exact(gs: list[Tensor], r: int) -> Tensor:
+    """The r leading right singular vectors of the stack, by an eigendecomposition in float64 of its
+    smaller side."""
+    g = torch.cat(gs).double()
+    if g.shape[0] < g.shape[1]:
+        values, left = torch.linalg.eigh(g @ g.t())
+        v = g.t() @ left[:, -r:] / values[-r:].clamp(min=1e-300).sqrt()
+        v = torch.linalg.qr(v).Q  # exact already where the singular values are not tiny
+    else:
+        v = torch.linalg.eigh(g.t() @ g)[1][:, -r:]
+    return v
+
+
+def measure(b: Any, gs: list[Tensor], after: list[Tensor]) -> dict[str, float]:
+    def energy(some: list[Tensor], q: Tensor) -> float:
+        whole = sum(g.double().square().sum() for g in some)
+        return float(sum((g.double() @ q.double()).square().sum() for g in some) / whole)
+
+    best = exact(gs, b.r)
+    found = {"svd": (1 - min(1.0, energy(gs, best))) ** 0.5, "svd_next": energy(after, best)}
+    for n in (1, 2):
+        subspace.ITERATIONS = subspace.FIRST_ITERATIONS = n
+        q = subspace.find(gs, b.q, "warm", 0, first=b.count == 0).q
+        found[f"warm{n}"] = max(0.0, 1 - energy(gs, q)) ** 0.5
+        found[f"warm{n}_next"] = energy(after, q)
+    subspace.ITERATIONS, subspace.FIRST_ITERATIONS = 1, 2
+    return found
+
+
+def main(argv: list[str]) -> int:
+    args = dict(a.split("=", 1) for a in argv)
+    if not torch.cuda.is_available():
+        print(f"{__doc__}\nThis needs an NVIDIA GPU, and torch sees none here.", file=sys.stderr)
+        return 2
+    model, each = args.get("model", "llama_1b"), int(args.get("each", 7))
+    at = [int(n) for n in args.get("at", "5,50,500").split(",")]
+    more = ("optim=galore_8bit", "optim.refresh_every=200", "optim.warmup=0.1", f"eval_every={10**6}")
+    side = Ours(model, 4096, 16, args["data"], "int8", steps=max(at) + 10, overrides=more)
+    side.run.lr = 0.01 if model != "llama_7b" else 0.005
+    for step in at:
+        side.steps(step - side.done)
+        bases: dict[str, list[Any]] = defaultdict(list)
+        for b in side.run.opt.bases:
+            kind = KINDS.get(b.units[0].name.split(".")[-2])
+            if kind:
+                bases[kind].append(b)
+        batches = [next(side.run.loader) for _ in range(2)]
+        for kind, some in bases.items():
+            chosen = some[:: max(1, len(some) // each)][:each]
+            now, after = (gradients(side.run, chosen, batch) for batch in batches)
+            with torch.no_grad():
+                got = [measure(*three) for three in zip(chosen, now, after, strict=True)]
+            row: dict[str, Any] = {"what": f"{model} warm finder, {kind}, step {step}", "gradients": len(got)}
+            row["random_before"] = sum(b.count == 0 for b in chosen)
+            row["svd_residual"] = round(median(g["svd"] for g in got), 4)
+            for n in (1, 2):
+                ratios = [g[f"warm{n}"] / g["svd"] for g in got if g["svd"] > 0.01]
+                if ratios:
+                    row[f"warm{n}_over_svd"] = [round(median(ratios), 4), round(max(ratios), 4)]
+                lost = [g["svd_next"] - g[f"warm{n}_next"] for g in got]
+                row[f"warm{n}_next_minus_svd"] = [round(-mean(lost), 4), round(-max(lost), 4)]
+            row["svd_next"] = round(mean(g["svd_next"] for g in got), 4)
+            row |= facts(args.get("commit"))
+            with open(args.get("out", "bench.jsonl"), "a", encoding="utf-8") as f:
+                f.write(json.dumps(row) + "\n")
+            print(
+                {k: v for k, v in row.items() if k not in ("versions", "gpu", "commit", "date")}, flush=True
+            )
+            del now, after
+            torch.cuda.empty_cache()
+    side.close()
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
