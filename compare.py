@@ -115,7 +115,7 @@ def galore_torch(overrides: list[str], args: dict[str, str], seed: int) -> dict[
     from transformers import LlamaConfig, LlamaForCausalLM
 
     steps, lr = int(args.get("steps", 600)), float(overrides[0].split("=")[1])
-    shape = parse(["model=llama_60m", "data=sample"]).model
+    shape = parse(["model=llama_60m", "data=tokens", f"data.train={args['data']}"]).model
     with tempfile.TemporaryDirectory() as folder:
         pretrained.write_config(shape, folder, dtype=torch.bfloat16)
         config = LlamaConfig.from_pretrained(folder, attn_implementation="sdpa", use_cache=False)
