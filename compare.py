@@ -175,7 +175,7 @@ def plot(record: str, to: str) -> None:
         label = f"{r['run']}: {r['val_ppl_b']:.1f}"
         axes.plot(steps, smooth, label=label, linewidth=1.3)
     axes.set(xlabel=f"step of {TOKENS:,} tokens", ylabel="training loss (nats)", ylim=(4.0, 6.5))
-    axes.set_title("LLaMA 60M, 39.3 M tokens of English prose, best lr of three each")
+    axes.set_title("LLaMA 60M, 39.3 M tokens of English prose: the best run of each on half A")
     axes.legend(title="perplexity, validation half B", fontsize=8)
     axes.grid(alpha=0.3)
     figure.savefig(to, dpi=120)

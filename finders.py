@@ -63,11 +63,11 @@ def measure(b: Any, gs: list[Tensor], after: list[Tensor]) -> dict[str, float]:
     best = exact(gs, b.r)
     found = {"svd": (1 - min(1.0, energy(gs, best))) ** 0.5, "svd_next": energy(after, best)}
     for n in (1, 2):
-        subspace.ITERATIONS = subspace.FIRST_ITERATIONS = n
+        subspace.ITERATIONS = n
         q = subspace.find(gs, b.q, "warm", 0, first=b.count == 0).q
         found[f"warm{n}"] = max(0.0, 1 - energy(gs, q)) ** 0.5
         found[f"warm{n}_next"] = energy(after, q)
-    subspace.ITERATIONS, subspace.FIRST_ITERATIONS = 1, 2
+    subspace.ITERATIONS = 2
     return found
 
 

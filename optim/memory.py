@@ -80,7 +80,7 @@ def table(e: Engine) -> str:
     for u in e.units:
         name = re.sub(r"(?<=\.)\d+(?=\.)", "*", u.name)
         lines.setdefault((name, str(tuple(u.param.shape))), []).append(u)
-    out = [f"{'trained':<38}{'shape':>11} {'rule':<5}{'basis':<9}{'rank':>4}{'lr':>7}{'MiB':>5}"]
+    out = [f"{'trained':<38}{'shape':>11} {'rule':<5}{'basis':<9}{'rank':>4} {'lr':>6}{'MiB':>5}"]
     group = dict(zip(map(id, (u.param for u in e.units)), e._groups, strict=True))
     for (name, _), units in lines.items():
         u = units[0]
@@ -97,10 +97,10 @@ def table(e: Engine) -> str:
             basis = "none (1)"
         g = e.param_groups[group[id(u.param)]]
         mib = sum(x.bytes for v in units for x in state_of(v)) / 2**20
+        rate = f"{g['lr'] * g['scale']:.1e}".replace("e-0", "e-")
         out.append(
             f"{name:<38}{'x'.join(map(str, u.param.shape)):>11} {type(u.rule).__name__.lower():<5}{basis:<9}"
-            f"{rank:>4} {g['lr'] * g['scale']:>5.0e}".replace("e-0", "e-")
-            + f"{mib:>6.{0 if mib >= 100 else 1}f}"
+            f"{rank:>4} {rate:>6}{mib:>5.{0 if mib >= 99.5 else 1}f}"
         )
     reasons = {u.why for u in e.units if u.why}
     if reasons:

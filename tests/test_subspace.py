@@ -265,7 +265,7 @@ def test_invariant_51_row_shards_of_the_reduced_gradient():
 
 
 @kills("optim/subspace.py", "vector_norm(x, dim=0).clamp", "vector_norm(x, dim=1, keepdim=True).clamp")
-@kills("optim/subspace.py", "FIRST_ITERATIONS = 2", "FIRST_ITERATIONS = 1")
+@kills("optim/subspace.py", "inverse, ITERATIONS, infos", "inverse, 1, infos")
 @kills(
     "optim/subspace.py",
     "_left(gs, z * inverse)\n        y += ",
