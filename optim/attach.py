@@ -21,6 +21,7 @@ from collections import defaultdict
 import torch
 import torch.distributed as dist
 from torch import nn
+from torch.distributed.tensor import DTensor, Shard
 from torch.nn.parallel import DistributedDataParallel
 
 from .config import OptimConfig, ProjectedConfig, default_lr, default_rank, default_refresh_every
@@ -74,6 +75,9 @@ def attach(
             "model: a DistributedDataParallel shows its hooks one rank's gradient, and replicas would drift; "
             'attach to model.module with group=... and reduce="mean", and train that without the wrapper'
         )
+    cut = [(name, p) for name, p in model.named_parameters() if isinstance(p, DTensor) and p.requires_grad]
+    if cut:
+        problems += sharding(*cut[0], cfg, group)
     if problems:
         raise ValueError("\n".join(problems))
     if group is None and dist.is_initialized() and dist.get_world_size() > 1:
@@ -103,6 +107,23 @@ def attach(
         reduce=comm,
         seed=int(seed),
     )
+
+
+def sharding(name: str, p: DTensor, cfg: OptimConfig, group: dist.ProcessGroup | None) -> list[str]:
+    """What stands against training a model whose weights are cut like this one."""
+    problems = []
+    if group is None:
+        problems.append(
+            f"{name}: a shard of {p.device_mesh.size()} ranks'; give group=mesh.get_group() and reduce"
+        )
+    if tuple(p.placements) != (Shard(0),):
+        problems.append(f"{name}: placed as {p.placements}; use fully_shard on a one-dimensional mesh")
+    side = getattr(cfg, "side", "input")
+    if side != "input":
+        problems.append(
+            f"side={side}: needs whole columns, and the rows of {name} are sharded; choose side=input"
+        )
+    return problems
 
 
 def config(method: str, overrides: dict[str, object]) -> OptimConfig:

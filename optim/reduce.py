@@ -74,7 +74,8 @@ class Reduce:
         each = -(-out // self.world)
         mine = F.pad(g, (0, 0, 0, each - len(g))).contiguous()
         whole = g.new_empty(each * self.world, g.shape[1])
-        dist.all_gather_into_tensor(whole, mine, group=self.group)
+        gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+        gather(whole, mine, group=self.group)
         return whole[:out]
 
     def sum_rows(self, units: list[Unit], t: Tensor) -> Tensor:

@@ -628,6 +628,32 @@ def test_row_shards_equal_one(method, world):
         assert norm == pytest.approx(float(opt.stats["grad_norm"]), rel=1e-12)
 
 
+def refused(rank, world):
+    """What attach says of row shards that it cannot train."""
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+
+    model, mesh = Tiny(), init_device_mesh("cpu", (world,))
+    fully_shard(model, mesh=mesh)
+    said = []
+    for given in ({"side": "both", "group": mesh.get_group(), "reduce": "sum"}, {"side": "output"}):
+        with pytest.raises(ValueError) as error:
+            attach(model, "galore", **SETTINGS, **given)
+        said.append(str(error.value))
+    twice = Tiny()
+    fully_shard(twice, mesh=init_device_mesh("cpu", (1, world), mesh_dim_names=("replicas", "shards")))
+    with pytest.raises(ValueError) as error:
+        attach(twice, "galore", **SETTINGS, group=mesh.get_group(), reduce="sum")
+    return [*said, str(error.value)]
+
+
+def test_row_shards_that_cannot_be_trained_are_refused():
+    both, output, twice = parallel(2, refused)[0]
+    assert both.startswith("side=both: ") and "rows of embed.weight" in both and "side=input" in both
+    assert "mesh.get_group()" in output and "side=output" in output
+    assert "placed as" in twice and "one-dimensional" in twice
+
+
 def diverging(rank, world):
     model = Tiny()
     if rank:
