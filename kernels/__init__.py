@@ -5,7 +5,7 @@ interpreter), "auto" Triton on CUDA and the reference elsewhere. It is an argume
 Imports torch and triton only.
 """
 
-from .dispatch import adam_, adam_direction, choose, cross_entropy_, plan
+from .dispatch import adam_, adam_direction, choose, cross_entropy_, plan, squares
 from .lift import lift_
 from .reference import QUANT, SECOND, Column, dequantise, load, quantise, save_, stochastic_bf16
 
@@ -23,5 +23,6 @@ __all__ = [
     "plan",
     "quantise",
     "save_",
+    "squares",
     "stochastic_bf16",
 ]

@@ -118,6 +118,27 @@ def adam_direction(
     return adam.launch_direction(g, state, h, beta1, beta2, eps, dtype)
 
 
+def squares(
+    tensors: list[Tensor],  # any shapes; not contiguous: (rows, cols) with contiguous rows, for Triton
+    dtype: torch.dtype,  # of the sums: fp32 or float64
+    impl: Impl = "auto",
+) -> Tensor:
+    """reference.squares, same arguments: (n,), of each tensor the sum of its numbers' squares."""
+    kinds = {t.dtype for t in tensors}
+    problem = f"dtype {dtype}" if dtype != torch.float32 else ""
+    if len(kinds) > 1:
+        problem = f"tensors of {' and '.join(map(str, kinds))}"
+    elif not all(t.is_contiguous() or t.ndim == 2 and t.stride(1) == 1 for t in tensors):
+        problem = "a tensor whose rows are not contiguous"
+    elif not kinds <= set(FLOATS):
+        problem = f"dtype {kinds.pop()}"
+    if choose([tensors[0].new_empty(0)], impl, FLOATS, problem) == "ref":
+        return reference.squares(tensors, dtype)
+    from . import norms
+
+    return norms.launch(tensors)
+
+
 def cross_entropy_(
     logits: Tensor, labels: Tensor, grad: bool, ignore: int = -100, impl: Impl = "auto"
 ) -> Tensor:

@@ -102,6 +102,14 @@ def adam_direction(
     return torch.where(h[Column.OK] > 0, -h[Column.LR] * direction, 0.0).to(dtype)
 
 
+def squares(
+    tensors: list[Tensor],  # any shapes, strides and float dtypes
+    dtype: torch.dtype,  # of the sums
+) -> Tensor:
+    """(n,): each tensor's sum of squares."""
+    return torch.stack(torch._foreach_norm(tensors, 2, dtype=dtype)).square()
+
+
 def load(state: dict[str, Tensor], name: str, wide: torch.dtype) -> Tensor:
     """state[name], whatever its store, as a fresh tensor of dtype `wide` (fp32 or float64)."""
     stored, scales = state[name], state.get(f"{name}_scale")

@@ -271,8 +271,7 @@ class Engine(torch.optim.Optimizer):
             if not some:
                 continue
             tensors = [x.r for x in some] + ([x.rest for x in some] if kind != "dense" else [])
-            norms = torch._foreach_norm(tensors, 2, dtype=self.scalars.dtype)
-            captured, *rest = torch.stack(norms).square().view(-1, len(some))
+            captured, *rest = kernels.squares(tensors, self.scalars.dtype).view(-1, len(some))
             estimate = rest[0] if kind == "whole" else captured + rest[0] / PROBE if rest else captured
             units = [x.unit for x in some]
             squares = self.reduce.sum_rows(units, torch.stack([captured, estimate], 1))

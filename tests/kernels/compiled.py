@@ -1,5 +1,6 @@
 """Every variant compiled ahead of time for five cards, without a GPU; a process of test_kernels.py."""
 
+import itertools
 import multiprocessing
 import os
 import sys
@@ -10,7 +11,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from kernels import adam, cross_entropy
+from kernels import adam, cross_entropy, norms
 
 CARDS = (80, 86, 89, 90, 120)  # A100, RTX 3090, RTX 4090, H100 and H200, RTX 5090
 SHARED = 101_376  # bytes a program may have on a 3090, 4090 or 5090
@@ -29,9 +30,9 @@ def check(kernel, arguments, constants, warps, aligned, card, what):
     built = triton.compile(source, target=GPUTarget("cuda", card, 32), options={"num_warps": warps})
     ptx = built.asm["ptx"]
     wide = [ptx.count("ld.global.v4"), ptx.count("st.global.v4")]
-    ok = (
-        len(built.asm["cubin"]) > 0 and built.metadata.shared <= SHARED and (min(wide) > 0 or aligned is None)
-    )
+    needed = wide[:1] if kernel is norms.squares_kernel else wide  # it stores one number
+    ok = len(built.asm["cubin"]) > 0 and built.metadata.shared <= SHARED
+    ok &= aligned is None or min(needed) > 0
     return ok, f"{card} {what} shared {built.metadata.shared} 16-byte {wide}"
 
 
@@ -58,6 +59,12 @@ def cases():
             constants = kinds | {"EVEN": whole, "BLOCKS": adam.TILE // width, "WIDTH": width}
             what = f"direction {grad} {out} {moment} {'scaled ' if scaled else ''}{shape}"
             yield adam.direction_kernel, arguments, constants, adam.WARPS, aligned, what
+    for dtype, aligned in itertools.product(norms.DTYPES, (True, False)):
+        constants = {"DTYPE": norms.DTYPES[dtype], "ALIGNED": aligned, "BLOCKS": norms.BLOCKS}
+        constants["WIDTH"] = norms.WIDTH
+        arguments = {"entries": "*i64", "out": "*fp32"}
+        what = f"squares {dtype} {'aligned' if aligned else ''}"
+        yield norms.squares_kernel, arguments, constants, norms.WARPS, [] if aligned else None, what
     for dtype, grad in cross_entropy.VARIANTS:
         arguments = {"logits": f"*{TYPES[dtype]}", "labels": "*i64", "nll": "*fp32"}
         arguments |= {"V": "i32", "ignore": "i32"}

@@ -7,7 +7,7 @@ import sys
 
 import torch
 
-from kernels import adam_, adam_direction, cross_entropy_, plan, save_
+from kernels import adam_, adam_direction, cross_entropy_, plan, save_, squares
 from kernels.adam import DIRECTION_VARIANTS, VARIANTS
 from kernels.reference import Column
 from optim import moments
@@ -161,7 +161,29 @@ def direction(grad, out, moment, scaled):
     report(worst.verdict() and ok, "direction", grad, out, moment, "scaled" if scaled else "", dict(worst))
 
 
+def norms(dtype, aligned):
+    """Tensors as they come, columns of wider ones between NaNs, empty ones: one launch for all."""
+    g = torch.Generator().manual_seed(0)
+    gap = 8 if aligned else 3
+    shapes = [(8, 16), (33, 128), (1100, 256), (3, 1024), (0, 8)] + ([] if aligned else [(), (7,), (5, 300)])
+    ts = [torch.randn(shape, generator=g).to(dtype) for shape in shapes]
+    for shape in ((9, 264), (300, 16), (0, 8)):
+        wide = torch.full((shape[0], shape[1] + gap), float("nan")).to(dtype)
+        wide[:, : shape[1]] = torch.randn(shape, generator=g)
+        ts.append(wide[:, : shape[1]])
+    got = squares(ts, torch.float32, impl="triton")
+    want = squares([t.double() for t in ts], torch.float64, impl="ref")
+    off = ((got - want).abs() / want.clamp(min=1e-30)).max().item()
+    bad = [ts[1].index_fill(0, torch.tensor(32), value) for value in (float("nan"), float("inf"))]
+    wrong = squares(bad, torch.float32, impl="triton")
+    ok = off <= 1e-6 and bool(wrong[0].isnan() and wrong[1].isinf())
+    report(ok, "squares", dtype, "aligned" if aligned else "", off)
+
+
 failed = False
+for dtype in (torch.float32, torch.bfloat16):
+    for aligned in (True, False):
+        norms(dtype, aligned)
 for seed, kind in enumerate(VARIANTS):
     dense([kind], seed)
 dense(VARIANTS, 7)
