@@ -5,7 +5,7 @@ interpreter), "auto" Triton on CUDA and the reference elsewhere. It is an argume
 Imports torch and triton only.
 """
 
-from .dispatch import adam_, adam_direction, choose, cross_entropy_, plan, squares
+from .dispatch import adam_, adam_direction, choose, cross_entropy_, plan, rescale_, squares
 from .lift import lift_
 from .reference import QUANT, SECOND, Column, dequantise, load, quantise, save_, stochastic_bf16
 
@@ -22,6 +22,7 @@ __all__ = [
     "load",
     "plan",
     "quantise",
+    "rescale_",
     "save_",
     "squares",
     "stochastic_bf16",

@@ -118,6 +118,18 @@ def adam_direction(
     return adam.launch_direction(g, state, h, beta1, beta2, eps, dtype)
 
 
+def rescale_(state: State, names: tuple[str, ...], d: Tensor, impl: Impl = "auto") -> None:
+    """reference.rescale_, same arguments: 8-bit moments under a new column scale."""
+    problem = _book(torch.int8) or (f"dtype {d.dtype}" if d.dtype != torch.float32 else "")
+    tensors = [d, state["d"], *(state[k] for name in names for k in (name, f"{name}_scale"))]
+    if choose(tensors, impl, (torch.float32, torch.int8, torch.uint8), problem) == "ref":
+        reference.rescale_(state, names, d)
+    else:
+        from . import rescale
+
+        rescale.launch(state, names, d)
+
+
 def squares(
     tensors: list[Tensor],  # any shapes; not contiguous: (rows, cols) with contiguous rows, for Triton
     dtype: torch.dtype,  # of the sums: fp32 or float64

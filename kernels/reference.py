@@ -148,6 +148,19 @@ def save_(
     stored.copy_(torch.where(ok > 0, value, stored))
 
 
+def rescale_(
+    state: dict[str, Tensor],  # 8-bit, with "d"
+    names: tuple[str, ...],  # of the moments
+    d: Tensor,  # (cols,) fp32: the new column scale
+) -> None:
+    """The moments' values stay, up to rounding; what is quantised is m / d and v / d^2 for the new d."""
+    values = {name: load(state, name, d.dtype) for name in names}
+    state["d"].copy_(d)
+    yes = d.new_ones(())
+    for name, value in values.items():
+        save_(state, name, value, yes, yes, yes)
+
+
 def quantise(
     x: Tensor,  # (rows, cols) fp32 or float64, x >= 0 unless signed
     signed: bool,

@@ -90,24 +90,21 @@ class Refresher:
 
     def _carry(self, u: Unit, b: Basis, g: Tensor, c: Tensor, policy: str) -> None:
         """Moments into the new basis; for 8-bit ones the column scale of R = G Q_new."""
-        scaled = "d" in u.state
-        if policy == "keep" and not scaled:
+        d = self._column_scale(u, u.coordinates(g)) if "d" in u.state and b.side == "input" else None
+        if policy == "keep":
+            if d is not None:
+                kernels.rescale_(u.state, u.rule.moments, d)
             return
-        wide = c.dtype
-        values = {k: moments.load(u.state, k, wide) for k in u.rule.moments}
-        dim = -1 if b.side == "input" else 0
+        yes, dim = torch.ones((), device=c.device), -1 if b.side == "input" else 0
+        values = {k: moments.load(u.state, k, c.dtype) for k in u.rule.moments}
+        if d is not None:
+            u.state["d"].copy_(d)
         for k, x in values.items():
             m, v = (None, x) if k in kernels.SECOND else (x, None)
             m, v = subspace.transport(m, v, c, policy, dim)
             moved = m if v is None else v
             assert moved is not None
-            values[k] = moved
-        if scaled and b.side == "input":
-            u.state["d"].copy_(self._column_scale(u, u.coordinates(g)))
-        yes, zero = torch.ones((), device=c.device), torch.zeros((), device=c.device)
-        for k, value in values.items():
-            index = torch.full((), float(u.index), device=c.device)
-            moments.save_(u.state, k, value, yes, zero + b.count, index)
+            moments.save_(u.state, k, moved, yes, yes * b.count, yes * u.index)
 
     def _column_scale(self, u: Unit, r: Tensor) -> Tensor:
         """(r,) root mean square of the columns of R over all rows, at least FLOOR of the largest."""

@@ -69,9 +69,9 @@ def random_basis(n: int, r: int, seed: int, device: torch.device | str, dtype: t
     """(n, r) orthonormal columns of a uniformly random span, the largest entry of each positive."""
     x = gaussian(n, r, seed, device, dtype)
     infos: list[Tensor] = []
-    q = _orthonormal(x, infos)
+    q = _orthonormal(_unit(x), infos)
     if not torch.stack([*infos, _error(q) > LIMIT]).eq(0).all():
-        q = _orthonormal(x, None)
+        q = _orthonormal(_unit(x), None)
     return q * _signs(q, None)
 
 
@@ -119,12 +119,16 @@ def _iterate(
     gs: list[Tensor], q: Tensor, inverse: Tensor, iterations: int, infos: list[Tensor] | None
 ) -> Tensor:
     """Subspace iteration. Columns of G Q_old nearly dependent, as for a G of low rank, come out of the damped
-    factor with small norms, and their Y is then overruled by the old direction."""
-    for _ in range(iterations):
-        z = _orthonormal(_right(gs, q * inverse), infos, damped_only=True)
+    factor with small norms, and their Y is then overruled by the old direction.
+
+    Between iterations one damped pass is enough: on spectra from 1/j to exp(-j/8) the residual is the same to
+    four digits. Without it, it is up to 1.5% larger.
+    """
+    for left in reversed(range(iterations)):
+        z = _orthonormal(_unit(_right(gs, q * inverse), SMALL), infos, rough=True)
         y = _left(gs, z * inverse)
         y += KEEP_OLD * torch.linalg.vector_norm(y, dim=0).amax() * q
-        q = _orthonormal(y, infos)
+        q = _orthonormal(_unit(y), infos, rough=left > 0)
     return q
 
 
@@ -156,30 +160,41 @@ def _complete(v: Tensor, s: Tensor, old: Tensor, size: int) -> Tensor:
     if rank < r:
         rest = torch.linalg.qr(old.t() @ v, mode="complete").Q[:, rank:]  # (r, r - rank), v^T old rest = 0
         v = torch.cat([v, old @ rest], 1)
-    return _orthonormal(v, [])  # `old` may have come from bf16, 2e-3 off
+    return _orthonormal(_unit(v), [])  # `old` may have come from bf16, 2e-3 off
 
 
-def _orthonormal(x: Tensor, infos: list[Tensor] | None, damped_only: bool = False) -> Tensor:
-    """(rows, r) with the span of x; what Cholesky reports is appended to `infos`. None: Householder QR.
+def _unit(x: Tensor, least: float = 0.0) -> Tensor:
+    """x with columns of norm 1; those whose norm is below `least` of the largest stay as much smaller.
+
+    A column of G Q that is rounding, 1e-7 of the largest, brought to norm 1 would give Y a column whose own
+    rounding is 1% of KEEP_OLD.
+    """
+    norms = torch.linalg.vector_norm(x, dim=0)
+    return x / torch.maximum(norms, least * norms.amax()).clamp(min=torch.finfo(x.dtype).tiny)
+
+
+def _orthonormal(x: Tensor, infos: list[Tensor] | None, rough: bool = False) -> Tensor:
+    """(rows, r) with the span of x, whose columns have norm 1. What Cholesky reports is appended to `infos`;
+    None: Householder QR. rough: well conditioned, as far as damping lets it, but not orthonormal.
 
     x L^-T by a triangular solve: at 4096 x 1024, G of rank 400, 0.50 ms on an H100 and an error of 4e-5. With
-    L^-1 formed first it is 0.61 ms and 7e-4.
+    L^-1 formed first it is 0.61 ms and 7e-4. The last step is Newton-Schulz' for the polar factor, which
+    squares the error: two products, where a third factor would take 1.2 ms.
     """
     r, u = x.shape[1], torch.finfo(x.dtype).eps / 2
-    norms = torch.linalg.vector_norm(x, dim=0)
-    # A column of G Q that is rounding, 1e-7 of the largest, stays small: brought to norm 1 it would give Y a
-    # column whose own rounding is 1% of KEEP_OLD.
-    floor = SMALL * norms.amax() if damped_only else norms.new_zeros(())
-    x = x / torch.maximum(norms, floor).clamp(min=torch.finfo(x.dtype).tiny)
     if infos is None:  # with fewer rows than columns the last columns are 0
         return torch.nn.functional.pad(torch.linalg.qr(x).Q, (0, max(0, r - x.shape[0])))
-    for damping in (r * u,) if damped_only else (r * u, 0, 0):
+    for damping in (r * u,) if rough else (r * u, 0):
         gram = x.t() @ x
-        gram.diagonal().add_(damping)  # of columns of norm 1
+        gram.diagonal().add_(damping)
         factor, info = torch.linalg.cholesky_ex(gram)
         infos.append(info)
         x = torch.linalg.solve_triangular(factor.t(), x, upper=True, left=False)
-    return x
+    if rough:
+        return x
+    correction = (x.t() @ x).mul_(-0.5)
+    correction.diagonal().add_(1.5)
+    return x @ correction
 
 
 def _signs(q: Tensor, old: Tensor | None) -> Tensor:

@@ -7,9 +7,10 @@ import torch
 import torch._dynamo
 from torch import nn
 
+import kernels
 from llama.config import ModelConfig
 from llama.model import build_model, compile_blocks
-from optim import attach
+from optim import attach, moments
 from optim.methods import METHODS
 from tests.tiny import Tiny, batches, flat, keys, summed_loss, train
 
@@ -143,3 +144,33 @@ def test_full_gradients_never_pile_up():
         del m, opt
     assert peaks["adamw"] > 0.9 * weights
     assert peaks["galore_8bit"] < 0.35 * weights
+
+
+@pytest.mark.parametrize("shape", [(4096, 1024), (300, 512), (77, 160), (5, 33)])
+def test_rescaled_moments_equal_the_reference(shape):
+    g = torch.Generator("cuda").manual_seed(0)
+    state = moments.init("int8", shape, "cuda", torch.float32)
+    state["d"] = 10 ** torch.randn(shape[1], generator=g, device="cuda")
+    one = torch.ones((), device="cuda")
+    for name in ("m", "v"):
+        x = torch.randn(shape, generator=g, device="cuda") * state["d"]
+        kernels.save_(state, name, x if name == "m" else x * x, one, one, one)
+    ref = {k: t.clone() for k, t in state.items()}
+    d = state["d"] * 10 ** torch.rand(shape[1], generator=g, device="cuda")
+    kernels.rescale_(state, ("m", "v"), d, impl="triton")
+    kernels.rescale_(ref, ("m", "v"), d, impl="ref")
+    for name in ("m", "v"):
+        torch.testing.assert_close(state[f"{name}_scale"], ref[f"{name}_scale"], rtol=1e-6, atol=0)
+        off = (state[name].int() - ref[name].int()).abs()
+        assert off.max() <= 1 and (off > 0).float().mean() <= 1e-3  # ties
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_squares_equal_float64(dtype):
+    g = torch.Generator("cuda").manual_seed(0)
+    wide = torch.randn(11008, 1040, generator=g, device="cuda").to(dtype)
+    ts = [wide[:, :1024], wide[:, 1024:].contiguous(), wide[:4096], wide[:77, :33], wide[0, :5]]
+    got = kernels.squares(ts, torch.float32, impl="triton")
+    want = torch.stack([t.double().square().sum() for t in ts])
+    torch.testing.assert_close(got.double(), want, rtol=2e-6, atol=0)
+    assert torch.equal(got, kernels.squares(ts, torch.float32, impl="triton"))

@@ -221,7 +221,9 @@ KINDS = ["deficient", "decaying", "random", "tiny", "huge"]
 
 
 @kills("optim/subspace.py", "add_(damping)", "add_(0)")
-@kills("optim/subspace.py", "else (r * u, 0, 0)", "else (r * u,)")
+@kills("optim/subspace.py", "else (r * u, 0)", "else (r * u,)")
+@kills("optim/subspace.py", "add_(1.5)", "add_(1.4)")
+@kills("optim/subspace.py", "rough=left > 0", "rough=True")
 @kills("optim/subspace.py", "inverse = 1 / top", "inverse = top / top")
 @kills("optim/subspace.py", "y += KEEP_OLD *", "y += 0 *")
 @pytest.mark.parametrize("kind", KINDS)
@@ -264,7 +266,11 @@ def test_invariant_51_row_shards_of_the_reduced_gradient():
     assert (unreduced - want).norm() > 0.3 * want.norm()
 
 
-@kills("optim/subspace.py", "vector_norm(x, dim=0).clamp", "vector_norm(x, dim=1, keepdim=True).clamp")
+@kills(
+    "optim/subspace.py",
+    "norms = torch.linalg.vector_norm(x, dim=0)",
+    "norms = torch.linalg.vector_norm(x, dim=1, keepdim=True)",
+)
 @kills("optim/subspace.py", "inverse, ITERATIONS, infos", "inverse, 1, infos")
 @kills(
     "optim/subspace.py",
@@ -277,9 +283,7 @@ def test_residual_from_a_random_basis(name):
     sigma = SPECTRA[name]
     g, old = matrix(384, 256, sigma), random_basis(256, 64, 9, "cpu", torch.float32)
     best = (sigma[64:] ** 2).sum() / (sigma**2).sum()
-    one, two = (find([g.float()], old, "warm", 0, first).q for first in (False, True))
-    assert 1 - captured([g], one) <= 1.5 * best
-    assert 1 - captured([g], two) <= 1.12 * best
+    assert 1 - captured([g], find([g.float()], old, "warm", 0, first=True).q) <= 1.12 * best
     svd = find([g.float()], old, "svd", 0).q
     assert 1 - captured([g], svd) <= 1.001 * best
 
@@ -296,7 +300,7 @@ def drifting(steps, noise, seed=0):
         yield ((u * sigma) @ v.T + share * fresh).float()
 
 
-@kills("optim/subspace.py", "q = _orthonormal(y, infos)", "q = _orthonormal(q, infos)")
+@kills("optim/subspace.py", "_orthonormal(_unit(y), infos", "_orthonormal(_unit(q), infos")
 @pytest.mark.parametrize("noise", [0.08, 0.5])
 def test_warm_basis_serves_the_next_batch_as_the_exact_one_does(noise):
     warm = svd = random_basis(128, 32, 3, "cpu", torch.float32)
@@ -348,7 +352,7 @@ def fail_after(calls, real):
 @kills("optim/subspace.py", '["warm", "householder"] if', '["warm"] if')
 @kills("optim/subspace.py", 'infos if attempt == "warm" else None', "infos")
 @kills("optim/subspace.py", "FOUND if attempt == finder else FALLBACK", "FOUND")
-@kills("optim/subspace.py", "        q = _orthonormal(x, None)", "        pass")
+@kills("optim/subspace.py", "        q = _orthonormal(_unit(x), None)", "        pass")
 @pytest.mark.parametrize("calls", range(4))
 def test_a_failed_factorisation_falls_back_to_householder(calls, monkeypatch):
     g, old = matrix(40, 32, decay(0.5, 32)), orthonormal(32, 8, 5)
@@ -364,7 +368,7 @@ def test_a_failed_factorisation_falls_back_to_householder(calls, monkeypatch):
 @kills("optim/subspace.py", "error <= LIMIT and not any(failed)", "not any(failed)")
 def test_an_inaccurate_factor_falls_back_to_householder(monkeypatch):
     real = torch.linalg.cholesky_ex
-    monkeypatch.setattr(torch.linalg, "cholesky_ex", lambda x: (1.001 * real(x)[0], real(x)[1]))
+    monkeypatch.setattr(torch.linalg, "cholesky_ex", lambda x: (1.1 * real(x)[0], real(x)[1]))
     found = find([normal(40, 32, 0)], orthonormal(32, 8, 5), "warm", 0)
     assert found.outcome == FALLBACK and error(found.q) < 1e-12
 

@@ -11,7 +11,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from kernels import adam, cross_entropy, norms
+from kernels import adam, cross_entropy, norms, rescale
 
 CARDS = (80, 86, 89, 90, 120)  # A100, RTX 3090, RTX 4090, H100 and H200, RTX 5090
 SHARED = 101_376  # bytes a program may have on a 3090, 4090 or 5090
@@ -65,6 +65,13 @@ def cases():
         arguments = {"entries": "*i64", "out": "*fp32"}
         what = f"squares {dtype} {'aligned' if aligned else ''}"
         yield norms.squares_kernel, arguments, constants, norms.WARPS, [] if aligned else None, what
+    for signed, (width, whole) in itertools.product((True, False), ((256, True), (128, True), (256, False))):
+        arguments = {"code_ptr": "*i8" if signed else "*u8", "scale_ptr": "*fp32", "ratio_ptr": "*fp32"}
+        arguments |= {"rows": "i32", "cols": "i32"}
+        constants = {"SIGNED": signed, "EVEN": whole, "BLOCKS": adam.TILE // width, "WIDTH": width}
+        aligned = [n for n in arguments if n != "rows"] if whole else None
+        what = f"rescale {'signed' if signed else 'unsigned'} {width} {whole}"
+        yield rescale.rescale_kernel, arguments, constants, adam.WARPS, aligned, what
     for dtype, grad in cross_entropy.VARIANTS:
         arguments = {"logits": f"*{TYPES[dtype]}", "labels": "*i64", "nll": "*fp32"}
         arguments |= {"V": "i32", "ignore": "i32"}

@@ -7,7 +7,7 @@ import sys
 
 import torch
 
-from kernels import adam_, adam_direction, cross_entropy_, plan, save_, squares
+from kernels import adam_, adam_direction, cross_entropy_, plan, rescale_, save_, squares
 from kernels.adam import DIRECTION_VARIANTS, VARIANTS
 from kernels.reference import Column
 from optim import moments
@@ -180,7 +180,25 @@ def norms(dtype, aligned):
     report(ok, "squares", dtype, "aligned" if aligned else "", off)
 
 
+def rescaled():
+    """PROJECTED; the new scale is another, by up to ten either way. Then the same scale again: a no-op."""
+    worst, ok, g = Worst(), True, torch.Generator().manual_seed(0)
+    for shape in PROJECTED:
+        state = random_state(shape, torch.int8, g, scaled=True)
+        before, ref = copies([state])[0], copies([state])[0]
+        d = state["d"] * 10 ** (2 * torch.rand(shape[-1], generator=g) - 1)
+        rescale_(state, ("m", "v"), d, impl="triton")
+        rescale_(ref, ("m", "v"), d, impl="ref")
+        for name, t in state.items():
+            worst.compare(name, t, ref[name], before[name])
+        kept = copies([state])[0]
+        rescale_(state, ("m", "v"), d, impl="triton")
+        ok &= all(torch.equal(state[name], kept[name]) for name in ("m", "v", "d"))
+    report(worst.verdict() and ok, "rescale", dict(worst))
+
+
 failed = False
+rescaled()
 for dtype in (torch.float32, torch.bfloat16):
     for aligned in (True, False):
         norms(dtype, aligned)
