@@ -1,13 +1,15 @@
 """Loss curves at 60M: methods, learning rates and seeds on the same tokens in the same order, none seen
 twice.
 
-    python compare.py data=FOLDER half_b=FOLDER [out=bench.jsonl] [runs=NAME,NAME] [steps=600] [seeds=0]
-    [commit=ID] python compare.py plot=curves_60m.png [out=bench.jsonl]
+    python compare.py data=FOLDER half_b=FOLDER [out=bench.jsonl] [runs=NAME,NAME] [steps=600] [seeds=0+1]
+                      [commit=ID] [beside=3]
+    python compare.py plot=curves_60m.png [out=bench.jsonl]
 
 FOLDER comes from `python -m data.prepare`; its validation split is half A, on which settings are chosen;
 `half_b` holds half B, which is reported. Each run is one row of the record: settings, loss every 10 steps,
 perplexity on both halves. Ours are `train.Run`; the peer is galore-torch on transformers' model, its recipe
-as published, but with the clock, the loss normalisation and the data of ours.
+as published, but with the clock, the loss normalisation and the data of ours. `beside` says how many other
+runs share the card: speeds are left out of the row then.
 """
 
 from __future__ import annotations
@@ -46,6 +48,10 @@ RUNS: dict[str, tuple[str, list[str]]] = {
 RUNS |= {
     "adamw lr=0.008 scale=0.125": ("adamw", ["optim.lr=8e-3", "optim.scale=0.125", "optim.beta2=0.95"]),
     "adamw fp32 lr=0.002": ("adamw", ["optim.lr=2e-3", "optim.beta2=0.95", "weights=fp32"]),
+    "adamw fp32 lr=0.001": ("adamw", ["optim.lr=1e-3", "optim.beta2=0.95", "weights=fp32"]),
+    "adamw fp32 lr=0.002 clip=1": (
+        "adamw", ["optim.lr=2e-3", "optim.beta2=0.95", "weights=fp32", "optim.clip=1"],
+    ),
     "adamw fp32 lr=0.008 scale=0.125": (
         "adamw", ["optim.lr=8e-3", "optim.scale=0.125", "optim.beta2=0.95", "weights=fp32"],
     ),
@@ -208,11 +214,13 @@ def main(argv: list[str]) -> int:
                 "seed": seed,
                 "tokens": 39_321_600,
             }
+            if "beside" in args:
+                got = {k: v for k, v in got.items() if k not in ("tokens_per_s", "refresh_share")}
             row |= {**got, "epochs": "less than one", **facts(args.get("commit"))}
             with open(record, "a", encoding="utf-8") as f:
                 f.write(json.dumps(row) + "\n")
             print(f"{name:<36} seed {seed}  A {row['val_ppl_a']:8.2f}  B {row['val_ppl_b']:8.2f}"
-                  f"  {row['tokens_per_s']:>10,} tok/s", flush=True)  # fmt: skip
+                  f"  {row.get('tokens_per_s', 0):>10,} tok/s", flush=True)  # fmt: skip
             torch.cuda.empty_cache()
     return 0
 
