@@ -162,29 +162,47 @@ def galore_torch(overrides: list[str], args: dict[str, str], seed: int) -> dict[
     return row | {"tokens_per_s": round(steps * TOKENS / seconds), "settings": overrides}
 
 
+def family(run: str) -> str:
+    """A run's name less its learning rate: runs of one family differ in nothing else."""
+    name, _, rest = run.partition(" lr=")
+    return " ".join([name, *rest.split(" ")[1:]])
+
+
 def plot(record: str, to: str) -> None:
+    """A panel with the learning rates of each method, and one with the best run of every family."""
     import matplotlib
 
     matplotlib.use("agg")
     import matplotlib.pyplot as plt
 
-    rows = [json.loads(line) for line in open(record, encoding="utf-8")]
-    best: dict[str, dict[str, Any]] = {}
-    for r in rows:
-        if "losses" in r and (r["method"] not in best or r["val_ppl_a"] < best[r["method"]]["val_ppl_a"]):
-            best[r["method"]] = r
-    figure, axes = plt.subplots(figsize=(8, 5), layout="constrained")
-    for r in sorted(best.values(), key=lambda r: r["val_ppl_b"]):
-        steps = [EVERY * (n + 1) for n in range(len(r["losses"]))]
-        smooth = [sum(r["losses"][max(0, n - 2) : n + 3]) / len(r["losses"][max(0, n - 2) : n + 3])
-                  for n in range(len(steps))]  # fmt: skip
-        label = f"{r['run']}: {r['val_ppl_b']:.1f}"
-        axes.plot(steps, smooth, label=label, linewidth=1.3)
-    axes.set(xlabel=f"step of {TOKENS:,} tokens", ylabel="training loss (nats)", ylim=(4.0, 6.5))
-    axes.set_title("LLaMA 60M, 39.3 M tokens of English prose: the best run of each on half A")
-    axes.legend(title="perplexity, validation half B", fontsize=8)
-    axes.grid(alpha=0.3)
-    figure.savefig(to, dpi=120)
+    families: dict[str, list[dict[str, Any]]] = {}
+    for line in open(record, encoding="utf-8"):
+        r = json.loads(line)
+        if "losses" in r and r["seed"] == 0:
+            families.setdefault(family(r["run"]), []).append(r)
+    best = {name: min(rows, key=lambda r: r["val_ppl_a"]) for name, rows in families.items()}
+
+    def rate(r: dict[str, Any]) -> float:
+        return float(r["run"].split("lr=")[-1])
+
+    figure, grid = plt.subplots(2, 3, figsize=(13, 7.5), layout="constrained", sharex=True, sharey=True)
+    panels = [(f"{m}: perplexity on half A", sorted(families[m], key=rate), "a") for m in LRS]
+    panels.append(
+        ("best of each on A: perplexity on B", sorted(best.values(), key=lambda r: r["val_ppl_b"]), "b")
+    )
+    for axes, (title, rows, half) in zip(grid.flat, panels, strict=True):
+        for r in rows:
+            steps = [EVERY * (n + 1) for n in range(len(r["losses"]))]
+            around = [r["losses"][max(0, n - 2) : n + 3] for n in range(len(steps))]
+            label = r["run"] if half == "b" else r["run"].split("lr=")[-1]
+            line = {"label": f"{label}: {r[f'val_ppl_{half}']:.1f}", "linewidth": 1.2}
+            axes.plot(steps, [sum(x) / len(x) for x in around], **line)
+        axes.set(title=title, ylim=(4.0, 6.5))
+        axes.legend(fontsize=8)
+        axes.grid(alpha=0.3)
+    figure.supxlabel(f"step of {TOKENS:,} tokens, 39.3 M in all, none seen twice")
+    figure.supylabel("training loss (nats), mean over 50 steps")
+    figure.savefig(to, dpi=100)
 
 
 def main(argv: list[str]) -> int:
