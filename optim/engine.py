@@ -62,11 +62,6 @@ class Landed(NamedTuple):
     r: Tensor
     rest: Tensor
 
-    @property
-    def bytes(self) -> int:
-        """As many as HELD for a whole gradient: nobody waits with it."""
-        return HELD if self.kind == "whole" else self.r.numel() * self.r.element_size()
-
 
 class Engine(torch.optim.Optimizer):
     """Made by `attach`. A torch optimizer: param_groups, step, zero_grad, state_dict, LR schedulers.
@@ -158,6 +153,7 @@ class Engine(torch.optim.Optimizer):
         self._flight: list[tuple[Unit, Flight]] = []
         self._held: dict[int, Tensor] = {}  # G of units whose basis waits for its other units
         self._landed: list[Landed] = []
+        self._waiting = 0  # bytes of it
         self._seen: tuple[int, Tensor] | None = None  # version and copy of the smallest dense gradient
         for b in self.bases:
             together = getattr(self.cfg, "refresh", "") == "together"
@@ -204,7 +200,7 @@ class Engine(torch.optim.Optimizer):
                 self._ready.add(u.index)
                 if (self.in_backward or self._pass < self.passes) and u not in self._late:
                     self._drain(depth=0 if self.reduce.group is None else 1)
-                    if sum(x.bytes for x in self._landed) >= HELD:
+                    if self._waiting >= HELD:
                         self._flush()
 
         return fire
@@ -245,9 +241,9 @@ class Engine(torch.optim.Optimizer):
         if not u.refresh:
             r, z = u.split(grads)
             if z is None:
-                self._landed.append(Landed("dense", u, r, r))
+                self._hold("dense", u, r, r)
             else:
-                self._landed.append(Landed("probed", u, r, u.outside(r, z)))
+                self._hold("probed", u, r, u.outside(r, z))
             return
         self._held[u.index] = grads[0]
         for b in u.bases:
@@ -261,7 +257,11 @@ class Engine(torch.optim.Optimizer):
             if m.index in self._held and not any(b.due for b in m.bases):
                 g = self._held.pop(m.index)
                 r = m.coordinates(g)
-                self._landed.append(Landed("whole", m, r, g))
+                self._hold("whole", m, r, g)
+
+    def _hold(self, kind: str, u: Unit, r: Tensor, rest: Tensor) -> None:
+        self._landed.append(Landed(kind, u, r, rest))
+        self._waiting += HELD if kind == "whole" else r.nbytes  # nobody waits with a whole gradient
 
     def _measure(self, batch: list[Landed]) -> None:
         """Squares of what has landed: captured and the estimate of the whole, which is exact where G is
@@ -279,7 +279,7 @@ class Engine(torch.optim.Optimizer):
 
     def _flush(self) -> None:
         """Clip, rule and weight update of everything that has landed; dense units of one rule go together."""
-        batch, self._landed = self._landed, []
+        batch, self._landed, self._waiting = self._landed, [], 0
         if not batch:
             return
         self._measure(batch)
