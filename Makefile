@@ -6,7 +6,8 @@ ARGS ?=
 VENV := .venv
 PY := $(VENV)/bin/python
 READY := $(VENV)/.ready
-RUN := runs/llama_tiny_adamw_0
+OPTIM ?= adamw
+RUN := runs/llama_tiny_$(OPTIM)_0
 
 # matplotlib would write into the home folder.
 export MPLCONFIGDIR := $(CURDIR)/$(VENV)/matplotlib
@@ -25,6 +26,7 @@ help:
 	@echo 'make loc     lines of code by folder'
 	@echo 'make clean   remove caches and build leftovers; keeps $(VENV) and runs'
 	@echo
+	@echo 'OPTIM=...    the method that make train uses: galore_8bit, ...    (now $(OPTIM))'
 	@echo 'ARGS=...     more arguments for train, test and bench: make train ARGS="steps=100"'
 	@echo 'PYTHON=...   the Python >= 3.11 that makes $(VENV)                (now $(PYTHON))'
 	@echo 'PIP_ARGS=... more arguments for pip; a machine without a GPU downloads less with'
@@ -52,7 +54,7 @@ $(READY): pyproject.toml constraints.txt
 	@touch $@
 
 train: $(READY)
-	$(PY) train.py experiment=quickstart $(ARGS)
+	$(PY) train.py experiment=quickstart optim=$(OPTIM) $(ARGS)
 	$(PY) -m llama.generate $(RUN) "The Congress should"
 
 test: $(READY)
