@@ -5,11 +5,12 @@ interpreter), "auto" Triton on CUDA and the reference elsewhere. It is an argume
 Imports torch and triton only.
 """
 
-from .dispatch import adam_, adam_direction, choose, cross_entropy_, plan, rescale_, squares
+from .dispatch import adam_, adam_direction, choose, cross_entropy_, plan, probe_squares, rescale_, squares
 from .lift import lift_
-from .reference import QUANT, SECOND, Column, dequantise, load, quantise, save_, stochastic_bf16
+from .reference import PROBE, QUANT, SECOND, Column, dequantise, load, quantise, save_, stochastic_bf16
 
 __all__ = [
+    "PROBE",
     "QUANT",
     "SECOND",
     "Column",
@@ -21,6 +22,7 @@ __all__ = [
     "lift_",
     "load",
     "plan",
+    "probe_squares",
     "quantise",
     "rescale_",
     "save_",

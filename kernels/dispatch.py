@@ -151,6 +151,29 @@ def squares(
     return norms.launch(tensors)
 
 
+def probe_squares(
+    rs: list[Tensor],
+    zs: list[Tensor],
+    crosses: list[Tensor],
+    dtype: torch.dtype,  # of the sums: fp32 or float64
+    impl: Impl = "auto",
+) -> Tensor:
+    """reference.probe_squares, same arguments: (2, n)."""
+    kinds, every = {t.dtype for t in (*rs, *zs, *crosses)}, (*rs, *zs)
+    problem = f"dtype {dtype}" if dtype != torch.float32 else ""
+    if len(kinds) > 1 or not kinds <= set(FLOATS):
+        problem = f"tensors of {' and '.join(sorted(map(str, kinds)))}"
+    elif not all(t.stride(1) == 1 for t in every) or not all(c.is_contiguous() for c in crosses):
+        problem = "a tensor whose rows are not contiguous"
+    elif any(z.shape[1] != reference.PROBE for z in zs):
+        problem = f"a probe of other than {reference.PROBE} columns"
+    if choose([rs[0].new_empty(0)], impl, FLOATS, problem) == "ref":
+        return reference.probe_squares(rs, zs, crosses, dtype)
+    from . import norms
+
+    return norms.launch_probe(rs, zs, crosses)
+
+
 def cross_entropy_(
     logits: Tensor, labels: Tensor, grad: bool, ignore: int = -100, impl: Impl = "auto"
 ) -> Tensor:

@@ -18,6 +18,7 @@ QUANT = (
     256  # numbers that share a scale; a block never crosses a row, so any split by rows gives the same codes
 )
 FLOOR = 2.0**-100  # least scale: FLOOR / 255^2, what a code 1 decodes to, is still a normal fp32 number
+PROBE = 16  # columns of the norm probe that its kernel takes
 SECOND = ("v",)  # state that is never negative: unsigned codes, stochastic rounding in bf16
 Book = Literal["linear", "dynamic"]
 BOOK: Book = "linear"  # of all 8-bit states; read at the call
@@ -108,6 +109,17 @@ def squares(
 ) -> Tensor:
     """(n,): each tensor's sum of squares."""
     return torch.stack(torch._foreach_norm(tensors, 2, dtype=dtype)).square()
+
+
+def probe_squares(
+    rs: list[Tensor],  # (rows, r) gradients in a basis Q, any float dtype and strides
+    zs: list[Tensor],  # (rows, k) G S
+    crosses: list[Tensor],  # (r, k) Q^T S
+    dtype: torch.dtype,
+) -> Tensor:
+    """(2, n): ||R||^2, and ||Z - R Q^T S||^2, which is S's view of the part of G that Q does not hold."""
+    outside = [torch.addmm(z, r, cross, alpha=-1) for r, z, cross in zip(rs, zs, crosses, strict=True)]
+    return squares([*rs, *outside], dtype).view(2, -1)
 
 
 def load(state: dict[str, Tensor], name: str, wide: torch.dtype) -> Tensor:

@@ -24,19 +24,20 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from . import kernels, memory, state
+from . import kernels, measure, memory, state
 from .config import OptimConfig
 from .layer import unproject
+from .measure import Landed
 from .reduce import Flight, Reduce
 from .refresh import Eager, Refresher, due
 from .rules import Rule
 from .scalars import Scalars
-from .unit import PROBE, Basis, Unit, local
+from .unit import Basis, Unit, local
 from .watch import TOUCHED, WHOLE, Watch
 
 Column = kernels.Column
@@ -51,16 +52,6 @@ def basis_dtype(cfg: OptimConfig, w: Tensor) -> torch.dtype:
     """Of the bases of weight w."""
     name = getattr(cfg, "basis_dtype", None)
     return {"bf16": torch.bfloat16, "fp32": torch.float32}[name] if name else w.dtype
-
-
-class Landed(NamedTuple):
-    """A reduced gradient. rest: R's part outside of the basis in the probe's view (probed), G (whole), R
-    (dense)."""
-
-    kind: str
-    unit: Unit
-    r: Tensor
-    rest: Tensor
 
 
 class Engine(torch.optim.Optimizer):
@@ -200,8 +191,6 @@ class Engine(torch.optim.Optimizer):
                 self._ready.add(u.index)
                 if (self.in_backward or self._pass < self.passes) and u not in self._late:
                     self._drain(depth=0 if self.reduce.group is None else 1)
-                    if self._waiting >= HELD:
-                        self._flush()
 
         return fire
 
@@ -238,14 +227,17 @@ class Engine(torch.optim.Optimizer):
             lagged = self.in_backward and self.cfg.clip_mode in LAGGED
             self.scalars.open(self.param_groups, self.cfg.clip if lagged else 0.0)
             self._opened = True
-        if not u.refresh:
+        if u.refresh:
+            self._refresh(u, grads[0])
+        else:
             r, z = u.split(grads)
-            if z is None:
-                self._hold("dense", u, r, r)
-            else:
-                self._hold("probed", u, r, u.outside(r, z))
-            return
-        self._held[u.index] = grads[0]
+            self._hold("dense" if z is None else "probed", u, r, r if z is None else z)
+        if (self.in_backward or self._pass < self.passes) and self._waiting >= HELD:
+            self._flush()
+
+    def _refresh(self, u: Unit, g: Tensor) -> None:
+        """Holds G until all units of the basis have theirs; then they get the new basis, and R from it."""
+        self._held[u.index] = g
         for b in u.bases:
             b.arrived += b.due
             if b.due and b.arrived == len(b.units):
@@ -256,33 +248,22 @@ class Engine(torch.optim.Optimizer):
         for m in dict.fromkeys(m for b in u.bases for m in b.units):
             if m.index in self._held and not any(b.due for b in m.bases):
                 g = self._held.pop(m.index)
-                r = m.coordinates(g)
-                self._hold("whole", m, r, g)
+                self._hold("whole", m, m.coordinates(g), g)
 
     def _hold(self, kind: str, u: Unit, r: Tensor, rest: Tensor) -> None:
         self._landed.append(Landed(kind, u, r, rest))
-        self._waiting += HELD if kind == "whole" else r.nbytes  # nobody waits with a whole gradient
-
-    def _measure(self, batch: list[Landed]) -> None:
-        """Squares of what has landed: captured and the estimate of the whole, which is exact where G is
-        known."""
-        for kind in ("dense", "probed", "whole"):
-            some = sorted((x for x in batch if x.kind == kind), key=lambda x: x.unit.index)
-            if not some:
-                continue
-            tensors = [x.r for x in some] + ([x.rest for x in some] if kind != "dense" else [])
-            captured, *rest = kernels.squares(tensors, self.scalars.dtype).view(-1, len(some))
-            estimate = rest[0] if kind == "whole" else captured + rest[0] / PROBE if rest else captured
-            units = [x.unit for x in some]
-            squares = self.reduce.sum_rows(units, torch.stack([captured, estimate], 1))
-            self.scalars.measured(units, squares)
+        # The same on every rank, however its rows are cut: a flush exchanges sums.
+        rows = self.reduce.rows(u) if u.sharded else r.shape[0] if r.ndim else 1
+        bytes_of_r = rows * math.prod(r.shape[1:]) * r.element_size()
+        self._waiting += HELD if kind == "whole" else bytes_of_r  # nobody waits with a whole gradient
 
     def _flush(self) -> None:
         """Clip, rule and weight update of everything that has landed; dense units of one rule go together."""
         batch, self._landed, self._waiting = self._landed, [], 0
         if not batch:
             return
-        self._measure(batch)
+        for units, squares in measure.squares(batch, self.scalars.dtype):
+            self.scalars.measured(units, self.reduce.sum_rows(units, squares))
         if self._pass < self.passes:
             for x in batch:
                 x.unit.param.grad = None

@@ -53,8 +53,7 @@ class Reduce:
         return Flight(grads, works, [], self.divide)
 
     def _rows(self, u: Unit, grads: list[Tensor]) -> Flight:
-        """This rank's rows, ceil(out / world) of them as FSDP2 cuts; the last ranks may hold fewer or
-        none."""
+        """This rank's rows; the last ranks may hold fewer than `rows` or none."""
         scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
         rows, out, works, kept = local(u.param).shape[0], [], [], []
         for g in grads:
@@ -66,12 +65,15 @@ class Reduce:
             kept.append(padded)
         return Flight(out, works, kept, self.divide)
 
+    def rows(self, u: Unit) -> int:
+        """Most rows that a rank holds of a row-sharded weight, as FSDP2 cuts."""
+        return -(-u.param.shape[0] // self.world)
+
     def gather_rows(self, u: Unit, g: Tensor) -> Tensor:
         """All rows of a row-sharded G, on every rank."""
         if not u.sharded:
             return g
-        out = u.param.shape[0]
-        each = -(-out // self.world)
+        out, each = u.param.shape[0], self.rows(u)
         mine = F.pad(g, (0, 0, 0, each - len(g))).contiguous()
         whole = g.new_empty(each * self.world, g.shape[1])
         gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor

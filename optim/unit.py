@@ -27,7 +27,7 @@ from . import kernels, moments, subspace
 from .layer import ProjectedLinear, coordinate
 from .rules import Rule
 
-PROBE = 16  # columns of the norm probe: 1.6% of the products of R at r = 1024
+PROBE = kernels.PROBE  # columns of the norm probe: 1.6% of the products of R at r = 1024
 
 
 def local(w: Tensor) -> Tensor:
@@ -221,14 +221,11 @@ class Unit:
         return g @ self.q.q.to(g.dtype) if self.q else g
 
     def outside(self, r: Tensor, z: Tensor) -> Tensor:
-        """Z - back(R) S: the probe's view of what the basis does not hold; its square over k estimates
-        that."""
-        if self.q and self.p:
-            inside = self.p.q.to(r.dtype) @ (r @ self.q.cross.to(r.dtype))
-            return z - inside
-        if self.q:
-            return torch.addmm(z, r, self.q.cross.to(r.dtype), alpha=-1)
+        """Z - back(R) S: the probe's view of what a basis of columns does not hold; its square over k
+        estimates that."""
         assert self.p is not None
+        if self.q:
+            return z - self.p.q.to(r.dtype) @ (r @ self.q.cross.to(r.dtype))
         return torch.addmm(z, self.p.cross.to(r.dtype).t(), r, alpha=-1)
 
     def lift_(self, n: Tensor, keep: Tensor | None) -> None:

@@ -12,9 +12,9 @@ from torch import nn
 
 from configs.cli import parse
 from llama.model import Llama
-from optim import attach
-from optim.engine import Landed
+from optim import attach, measure
 from optim.layer import ProjectedLinear
+from optim.measure import Landed
 from optim.memory import entries
 from optim.methods import METHODS
 from tests.mutants import kills
@@ -436,10 +436,10 @@ def test_an_mlp_without_numbered_blocks():
 # ---- the norm probe
 
 
-@kills("optim/engine.py", "captured + rest[0] / PROBE if rest", "captured if rest")
-@kills("optim/engine.py", "rest[0] / PROBE", "rest[0] / (PROBE + 4)")
-@kills("optim/unit.py", "torch.addmm(z, r, self.q.cross.to(r.dtype), alpha=-1)", "z")
-@kills("optim/unit.py", "            return z - inside", "            return z")
+@kills("optim/measure.py", "estimate = captured + rest / PROBE", "estimate = captured")
+@kills("optim/measure.py", "rest / PROBE", "rest / (PROBE + 4)")
+@kills("kernels/reference.py", "torch.addmm(z, r, cross, alpha=-1)", "z")
+@kills("optim/unit.py", "z - self.p.q.to(r.dtype) @", "z - 0 * self.p.q.to(r.dtype) @")
 @pytest.mark.parametrize("side", ["input", "output", "both"])
 def test_probe_is_an_unbiased_estimate_invariant_44(side):
     """Mean over draws of S is ||G||^2, with the standard deviation of the theory; never below ||R||^2;
@@ -455,8 +455,9 @@ def test_probe_is_an_unbiased_estimate_invariant_44(side):
     estimates, k = [], probed.k
 
     def squares(r, z):
-        opt._measure([Landed("probed", u, r, u.outside(r, z))])
-        return opt.scalars.squares[u.index].clone()
+        ((units, both),) = measure.squares([Landed("probed", u, r, z)], torch.float64)
+        assert units == [u]
+        return both[0]
 
     for draw in range(600):
         probed.count = draw

@@ -43,6 +43,12 @@ def run(script, **env):
     "kernels/adam.py", "    if tl.load(row + 3) > 0:\n        if SCALED", "    if True:\n        if SCALED"
 )
 @kills("kernels/norms.py", "tl.cdiv(rows, BLOCKS) * across, parts", "tl.cdiv(rows, BLOCKS), parts")
+@kills("kernels/norms.py", "range(0, rank, WIDTH)", "range(0, WIDTH, WIDTH)")
+@kills("kernels/norms.py", "inside & (col < rank)[None, :]", "inside")
+@kills("kernels/norms.py", "z.to(tl.float32) - held", "z.to(tl.float32) + held")
+@kills("kernels/norms.py", "tl.cdiv(rows, LINES), parts)", "tl.cdiv(rows, LINES), 2 * parts)")
+@kills("kernels/norms.py", "line[:, None] * z_stride", "line[:, None] * r_stride * 0")
+@kills("kernels/norms.py", "held = tl.zeros((LINES, K), tl.float32)", "held = 0 * rest + 1e-3")
 @kills("kernels/norms.py", "(line < rows)[:, None] & (col < cols)[None, :]", "(line < rows)[:, None]")
 @kills("kernels/norms.py", "(line < rows)[:, None] & (col < cols)[None, :]", "(col < cols)[None, :]")
 @kills("kernels/norms.py", "line[:, None] * stride", "line[:, None] * cols")
@@ -58,7 +64,7 @@ def run(script, **env):
 @kills("kernels/rescale.py", 'ratio = state["d"] / d', 'ratio = d / state["d"]')
 def test_interpreted_kernels_equal_the_reference():
     code, out = run("interpreted.py", TRITON_INTERPRET="1")
-    assert code == 0 and out.count("ok ") == 53, out
+    assert code == 0 and out.count("ok ") == 57, out
 
 
 @kills(
@@ -71,7 +77,7 @@ def test_interpreted_kernels_equal_the_reference():
 @kills("kernels/norms.py", "cols, stride = tl.multiple_of(cols, 8), tl.multiple_of(stride, 8)", "pass")
 def test_kernels_compile_for_five_cards(tmp_path):
     code, out = run("compiled.py", TRITON_CACHE_DIR=str(tmp_path))
-    assert code == 0 and out.count("ok ") == 200, out
+    assert code == 0 and out.count("ok ") == 220, out
 
 
 BETAS = (0.9, 0.999, 1e-8)
@@ -107,6 +113,14 @@ def test_a_kernel_that_cannot_run_says_why(monkeypatch):
         kernels.squares([torch.ones(5, 2).T], torch.float32, impl="triton")
     with pytest.raises(ValueError, match=r"impl=triton.*float32 and .*bfloat16|bfloat16 and .*float32"):
         kernels.squares([ws[0], gs[0].bfloat16()], torch.float32, impl="triton")
+    r, z, cross = [torch.ones(5, 2)], [torch.ones(5, 16)], [torch.ones(2, 16)]
+    for given, match in (
+        ((r, r, cross), "other than 16 columns"),
+        (([torch.ones(2, 5).T], z, cross), "rows are not contiguous"),
+        ((r, [z[0].bfloat16()], cross), "bfloat16 and torch.float32"),
+    ):
+        with pytest.raises(ValueError, match=f"impl=triton.*{match}"):
+            kernels.probe_squares(*given, torch.float32, impl="triton")
     with pytest.raises(ValueError, match=r"impl=triton.*float64"):
         kernels.squares(gs, torch.float64, impl="triton")
     state["d"] = torch.ones(5)

@@ -174,3 +174,17 @@ def test_squares_equal_float64(dtype):
     want = torch.stack([t.double().square().sum() for t in ts])
     torch.testing.assert_close(got.double(), want, rtol=2e-6, atol=0)
     assert torch.equal(got, kernels.squares(ts, torch.float32, impl="triton"))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_probe_squares_equal_float64(dtype):
+    g = torch.Generator("cuda").manual_seed(0)
+    rs, zs, crosses = [], [], []
+    for rows, rank in ((11008, 1024), (4096, 1024), (5461, 512), (77, 33)):
+        wide = torch.randn(rows, rank + 16, generator=g, device="cuda").to(dtype)
+        rs, zs = [*rs, wide[:, :rank]], [*zs, wide[:, rank:]]
+        crosses.append((torch.randn(rank, 16, generator=g, device="cuda") / rank**0.5).to(dtype))
+    got = kernels.probe_squares(rs, zs, crosses, torch.float32, impl="triton")
+    doubles = [[t.double() for t in ts] for ts in (rs, zs, crosses)]
+    want = kernels.probe_squares(*doubles, torch.float64, impl="ref")
+    torch.testing.assert_close(got.double(), want, rtol=5e-6, atol=0)

@@ -29,8 +29,10 @@ def check(kernel, arguments, constants, warps, aligned, card, what):
     source = ASTSource(kernel, signature, constants, attrs)
     built = triton.compile(source, target=GPUTarget("cuda", card, 32), options={"num_warps": warps})
     ptx = built.asm["ptx"]
-    wide = [ptx.count("ld.global.v4"), ptx.count("st.global.v4")]
-    needed = wide[:1] if kernel is norms.squares_kernel else wide  # it stores one number
+    loads = ptx.count("ld.global.v4") + ptx.count("cp.async.cg.shared.global")
+    wide = [loads, ptx.count("st.global.v4")]
+    sums = kernel in (norms.squares_kernel, norms.probe_kernel)  # they store single numbers
+    needed = wide[:1] if sums else wide
     ok = len(built.asm["cubin"]) > 0 and built.metadata.shared <= SHARED
     ok &= aligned is None or min(needed) > 0
     return ok, f"{card} {what} shared {built.metadata.shared} 16-byte {wide}"
@@ -65,6 +67,11 @@ def cases():
         arguments = {"entries": "*i64", "out": "*fp32"}
         what = f"squares {dtype} {'aligned' if aligned else ''}"
         yield norms.squares_kernel, arguments, constants, norms.WARPS, [] if aligned else None, what
+        constants = {"DTYPE": norms.DTYPES[dtype], "ALIGNED": aligned, "LINES": norms.LINES}
+        constants["FACTOR"] = constants["DTYPE"]
+        constants |= {"WIDTH": norms.ACROSS, "K": norms.PROBE}
+        what = f"probe {dtype} {'aligned' if aligned else ''}"
+        yield norms.probe_kernel, arguments, constants, norms.WARPS, [] if aligned else None, what
     for signed, (width, whole) in itertools.product((True, False), ((256, True), (128, True), (256, False))):
         arguments = {"code_ptr": "*i8" if signed else "*u8", "scale_ptr": "*fp32", "ratio_ptr": "*fp32"}
         arguments |= {"rows": "i32", "cols": "i32"}

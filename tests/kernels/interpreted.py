@@ -7,7 +7,7 @@ import sys
 
 import torch
 
-from kernels import adam_, adam_direction, cross_entropy_, plan, rescale_, save_, squares
+from kernels import adam_, adam_direction, cross_entropy_, plan, probe_squares, rescale_, save_, squares
 from kernels.adam import DIRECTION_VARIANTS, VARIANTS
 from kernels.reference import Column
 from optim import moments
@@ -180,6 +180,26 @@ def norms(dtype, aligned):
     report(ok, "squares", dtype, "aligned" if aligned else "", off)
 
 
+def probed(dtype, aligned):
+    """[R, Z] between NaNs, of more rows than one program takes, of none, of ranks that no tile divides."""
+    g = torch.Generator().manual_seed(0)
+    shapes = [(33, 128), (70, 264), (4200, 8), (0, 16), *([] if aligned else [(5, 3), (9, 300)])]
+    rs, zs, crosses = [], [], []
+    for rows, rank in shapes:
+        wide = torch.full((rows, rank + 24 if aligned else rank + 19), float("nan")).to(dtype)
+        wide[:, : rank + 16] = torch.randn(rows, rank + 16, generator=g)
+        rs.append(wide[:, :rank])
+        zs.append(wide[:, rank : rank + 16])
+        crosses.append((torch.randn(rank, 16, generator=g) / rank**0.5).to(dtype))
+    got = probe_squares(rs, zs, crosses, torch.float32, impl="triton")
+    doubles = [[t.double() for t in ts] for ts in (rs, zs, crosses)]
+    want = probe_squares(*doubles, torch.float64, impl="ref")
+    off = ((got - want).abs() / want.clamp(min=1e-30)).max().item()
+    rs[0][32, 127] = float("inf")
+    wrong = probe_squares(rs[:1], zs[:1], crosses[:1], torch.float32, impl="triton")
+    report(off <= 3e-6 and not wrong.isfinite().any(), "probe", dtype, "aligned" if aligned else "", off)
+
+
 def rescaled():
     """PROJECTED; the new scale is another, by up to ten either way. Then the same scale again: a no-op."""
     worst, ok, g = Worst(), True, torch.Generator().manual_seed(0)
@@ -202,6 +222,7 @@ rescaled()
 for dtype in (torch.float32, torch.bfloat16):
     for aligned in (True, False):
         norms(dtype, aligned)
+        probed(dtype, aligned)
 for seed, kind in enumerate(VARIANTS):
     dense([kind], seed)
 dense(VARIANTS, 7)
