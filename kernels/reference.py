@@ -192,9 +192,9 @@ def quantise(
     if (book or BOOK) == "dynamic":
         codes = _dynamic_code(x / a, signed)
     elif signed:
-        codes = torch.floor(x * (127 / a) + 0.5)
+        codes = torch.round(x * (127 / a))
     else:
-        codes = torch.maximum(torch.floor(torch.sqrt(x) * (255 / torch.sqrt(a)) + 0.5), (x > 0).to(x.dtype))
+        codes = torch.maximum(torch.round(torch.sqrt(x) * (255 / torch.sqrt(a))), (x > 0).to(x.dtype))
     return codes.to(torch.int8 if signed else torch.uint8).flatten(1)[:, :cols].contiguous(), scales
 
 

@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .adam import TILE, WARPS
+from .adam import TILE, WARPS, ZERO, number, rounded
 from .reference import FLOOR, QUANT, SECOND
 
 LEAST = tl.constexpr(FLOOR)
@@ -40,17 +40,17 @@ def rescale_kernel(
     unit = line * across + program % across
     scale = tl.load(scale_ptr + unit, mask=inside, other=0.0)[:, None]
     ratio = tl.load(ratio_ptr + col, mask=col < cols, other=0.0)[None, :]
-    x = tl.load(code_ptr + at, mask=mask, other=0).to(tl.float32)
+    x = number(tl.load(code_ptr + at, mask=mask, other=0), SIGNED)
     if SIGNED:
         x = x * (1 / 127) * scale * ratio
         largest = tl.maximum(tl.max(tl.abs(x), 1), LEAST)
-        code = tl.floor(x * (127 / largest)[:, None] + 0.5).to(tl.int8)
+        code = rounded(x * (127 / largest)[:, None]).to(tl.int8)
     else:
         x = x * (1 / 255)
         x = x * x * scale * ratio
         largest = tl.maximum(tl.max(x, 1), LEAST)
-        root = tl.floor(tl.sqrt(x) * (255 / tl.sqrt(largest))[:, None] + 0.5)
-        code = tl.where(x > 0, tl.maximum(root, 1.0), root).to(tl.uint8)
+        code = rounded(tl.sqrt(x) * (255 / tl.sqrt(largest))[:, None])
+        code = tl.where((x > 0) & (code == ZERO), code + 1, code).to(tl.uint8)
     tl.store(code_ptr + at, code, mask=mask)
     tl.store(scale_ptr + unit, largest, mask=inside)
 

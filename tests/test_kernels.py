@@ -25,14 +25,15 @@ def run(script, **env):
     return done.returncode, done.stdout + done.stderr
 
 
-@kills("kernels/adam.py", "tl.where(v > 0, tl.maximum(code, 1.0), code)", "code")
+@kills("kernels/adam.py", "code = tl.where((v > 0) & (code == ZERO), code + 1, code)", "pass")
+@kills("kernels/adam.py", "(byte ^ 128) | 0x4B000000", "byte | 0x4B000000")
 @kills("kernels/adam.py", "unit = rows * across + tile % across", "unit = rows * across")
 @kills("kernels/adam.py", "line * across + program % across, inside", "line * across, inside")
 @kills("kernels/adam.py", "mask = (col < cols)[None, :] & (at < numbers)", "mask = at < numbers")
 @kills("kernels/adam.py", "mask = mask & (col < cols)[None, :]", "mask = mask")
 @kills("kernels/adam.py", "v = v * (d * d)", "v = v * d")
 @kills("kernels/adam.py", "m = m * inverse", "m = m")
-@kills("kernels/adam.py", "(127 / a)[:, None] + 0.5", "(127 / a)[:, None] + 0.4")
+@kills("kernels/adam.py", "(x + 12582912.0)", "(x - 0.1 + 12582912.0)")
 @kills("kernels/adam.py", "(-tl.load(row) * direction)", "(tl.load(row) * direction)")
 @kills("kernels/adam.py", "[:, None] * stride", "[:, None] * cols")
 @kills("kernels/adam.py", "table + 8 * tl.load(entry + 8)", "table + 8 * 0 * tl.load(entry + 8)")
@@ -55,10 +56,8 @@ def run(script, **env):
 @kills("kernels/norms.py", "total += x * x", "total = x * x")
 @kills("kernels/norms.py", "out + tensor * parts + part", "out + tensor + part")
 @kills("kernels/rescale.py", "mask = mask & (col < cols)[None, :]", "mask = mask")
-@kills(
-    "kernels/rescale.py", "(255 / tl.sqrt(largest))[:, None] + 0.5", "(255 / tl.sqrt(largest))[:, None] + 0.4"
-)
-@kills("kernels/rescale.py", "tl.where(x > 0, tl.maximum(root, 1.0), root)", "root")
+@kills("kernels/rescale.py", "(255 / tl.sqrt(largest))", "(254 / tl.sqrt(largest))")
+@kills("kernels/rescale.py", "tl.where((x > 0) & (code == ZERO), code + 1, code)", "code")
 @kills("kernels/rescale.py", "unit = line * across + program % across", "unit = line * across")
 @kills("kernels/rescale.py", "ratio * ratio if second", "ratio if second")
 @kills("kernels/rescale.py", 'ratio = state["d"] / d', 'ratio = d / state["d"]')

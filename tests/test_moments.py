@@ -48,8 +48,8 @@ def largest(x):
 @kills("kernels/reference.py", "repeat_interleave(QUANT, 1)[", "repeat_interleave(QUANT, 1).roll(QUANT, 1)[")
 @kills(
     "kernels/reference.py",
-    "codes = torch.floor(x * (127 / a) + 0.5)",
-    "codes = torch.floor(x * (127 / a) + 1.5)",
+    "codes = torch.round(x * (127 / a))",
+    "codes = torch.round(x * (127 / a) + 1)",
 )
 @kills("kernels/reference.py", "torch.where(c < -1, -x, x)", "x")
 @kills("kernels/reference.py", "x.abs().amax(2).clamp", "x.abs().amax(2).roll(1, 0).clamp")
