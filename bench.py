@@ -2,6 +2,7 @@
 
     python bench.py [data=FOLDER] [out=bench.jsonl] [cases=llama_60m,llama_1b] [pairs=5] [loader=GLOB]
                     [optim=galore_8bit] [commit=ID]
+    python bench.py profile=yes [optim=galore_8bit] [cases=llama_1b] [data=FOLDER]    where the time goes
 
 With optim=METHOD that method stands beside our own adamw (moments bf16) instead of adamw beside transformers,
 at llama_60m, llama_1b and llama_7b; bases are replaced every 200 steps, and the first round is in the timed
@@ -71,14 +72,29 @@ class Ours:
         ).resolved()
         self.run = Run(cfg, Comm.from_env(), Path(self.scratch.name), None)
         self.done = 0
+        self.ends: list[
+            tuple[bool, torch.cuda.Event]
+        ] = []  # of steps: whether bases were found, when it ended
 
     def steps(self, n: int) -> None:
         for _ in range(n):
             self.done += 1
+            refresh = any(b.due for b in self.run.opt.bases)
             batch = next(self.run.loader)
             self.run.step(self.done, batch, batch.valid)
+            self.ends.append((refresh, torch.cuda.Event(enable_timing=True)))
+            self.ends[-1][1].record()
             if self.run.book and self.run.book.due():
                 self.run.book.flush()
+
+    def refreshes(self) -> dict[str, Any]:
+        """Milliseconds of steps with and without a refresh, after the first ten, as the GPU saw them."""
+        torch.cuda.synchronize()
+        times: dict[bool, list[float]] = {False: [], True: []}
+        for (_, before), (refresh, end) in zip(self.ends[10:], self.ends[11:], strict=False):
+            times[refresh].append(before.elapsed_time(end))
+        names = {False: "plain_step_ms", True: "refresh_step_ms"}
+        return {names[k]: round(median(v), 2) for k, v in times.items() if v}
 
     def close(self) -> None:
         self.run.close()
@@ -181,7 +197,7 @@ def alternate(makers: dict[str, Any], tokens: int, pairs: int) -> dict[str, Any]
     row: dict[str, Any] = {}
     opt = getattr(getattr(sides["ours"], "run", None), "opt", None)
     if opt is not None and opt.bases:
-        row["bases_found"] = list(opt.first_round)
+        row |= {"bases_found": list(opt.first_round), **sides["ours"].refreshes()}
     for side in sides.values():
         side.close()
     rate = {name: tokens / median(t) for name, t in times.items()}
@@ -199,6 +215,41 @@ def alternate(makers: dict[str, Any], tokens: int, pairs: int) -> dict[str, Any]
         "micro_batches": 1,
         "weights": "bf16",
     }
+
+
+def profile(model: str, folder: str, method: str) -> None:
+    """Prints where a method's steps spend their time on the GPU, and where the GPU waits and what for."""
+    from torch.profiler import ProfilerActivity
+    from torch.profiler import profile as record
+
+    tokens, micro = CASES[model]
+    side = Ours(
+        model, tokens, micro, folder, "int8", overrides=(f"optim={method}", "optim.refresh_every=200")
+    )
+    side.steps(12)
+    torch.cuda.synchronize()
+    with record(activities=[ProfilerActivity.CUDA, ProfilerActivity.CPU]) as seen:
+        side.steps(12)
+        torch.cuda.synchronize()
+    table = seen.key_averages().table(sort_by="self_cuda_time_total", row_limit=30, max_name_column_width=70)
+    print("\n".join(line[:70] + line[-75:] for line in table.splitlines()))
+    events = seen.events() or []
+    cuda = torch.autograd.DeviceType.CUDA
+    busy = sorted((e.time_range.start, e.time_range.end) for e in events if e.device_type == cuda)
+    host = [e for e in events if e.device_type != cuda]
+    idle, end, gaps = 0.0, busy[0][1], []
+    for start, stop in busy:
+        if start > end:
+            idle += start - end
+            gaps.append((start - end, end))
+        end = max(end, stop)
+    found, whole = sum(refresh for refresh, _ in side.ends[-12:]), end - busy[0][0]
+    print(f"12 steps, {found} with a refresh: {whole / 12e3:.1f} ms each, {idle / 12e3:.1f} of it idle")
+    for length, at in sorted(gaps, reverse=True)[:20]:
+        during = [e for e in host if e.time_range.start <= at + length / 2 <= e.time_range.end]
+        names = [e.name for e in sorted(during, key=lambda e: e.time_range.elapsed_us())[:4]]
+        print(f"{length / 1e3:7.2f} ms at {(at - busy[0][0]) / 1e3:8.1f}: {' < '.join(names)}")
+    side.close()
 
 
 def loader_rate(
@@ -246,6 +297,9 @@ def main(argv: list[str]) -> int:
     jobs: list[Callable[[], dict[str, Any]]] = []
     pairs = int(args.get("pairs", 5))
     for model in args.get("cases", ",".join(CASES) if "optim" in args else DENSE).split(","):
+        if "profile" in args:
+            profile(model, args["data"], args.get("optim", "adamw"))
+            continue
         if "optim" in args:
             jobs.append(lambda m=model: compare_methods(m, args["data"], args["optim"], pairs))
             continue

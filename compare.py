@@ -59,8 +59,6 @@ RUNS |= {
         "galore_8bit",
         ["optim.lr=0.01", "optim.finder=svd", "optim.refresh=together", "optim.transport=keep"],
     ),
-    "galore_8bit dynamic book": ("galore_8bit", ["optim.lr=0.01"]),
-    "adamw_8bit dynamic book": ("adamw_8bit", ["optim.lr=2e-3", "optim.beta2=0.95"]),
     "galore_sgd scale=10": ("galore_sgd", ["optim.lr=0.01", "optim.scale=10"]),
     "galore_sgd scale=50": ("galore_sgd", ["optim.lr=0.01", "optim.scale=50"]),
     "galore_sgd scale=100": ("galore_sgd", ["optim.lr=0.01", "optim.scale=100"]),
@@ -219,9 +217,6 @@ def main(argv: list[str]) -> int:
         for name in wanted:
             method, overrides = RUNS[name]
             torch._dynamo.reset()
-            import kernels.reference
-
-            kernels.reference.BOOK = "dynamic" if "dynamic" in name else "linear"
             work = galore_torch if method == "galore_torch" else ours
             got = work(overrides, args, seed) if work is galore_torch else ours(method, overrides, args, seed)
             kind = f"{method} {name.split(' ', 1)[1].split('=')[0]}" if "lr=" not in name else method

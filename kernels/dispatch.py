@@ -43,12 +43,6 @@ def _kinds(
     return kinds
 
 
-def _book(moment: torch.dtype) -> str:
-    """What of the 8-bit store keeps the kernels from running."""
-    eight = moment == torch.int8 and reference.BOOK != "linear"
-    return f"the code book {reference.BOOK}" if eight else ""
-
-
 def plan(ws: list[Tensor], states: list[State]) -> dict[tuple[int, ...], Tensor] | None:
     """What adam_ needs to know of the sizes, made once; None for the reference.
 
@@ -76,7 +70,7 @@ def adam_(
     """reference.adam for every parameter; Triton takes one launch for all that share their dtypes."""
     for (weight, grad, moment), ns in _kinds(ws, gs, states).items():
         w, g, s = [ws[n] for n in ns], [gs[n] for n in ns], [states[n] for n in ns]
-        problem = _book(moment)
+        problem = ""
         if weight != grad:
             problem = f"{grad} gradients of {weight} weights"
         if any("d" in state for state in s):
@@ -105,7 +99,7 @@ def adam_direction(
     impl: Impl = "auto",
 ) -> Tensor:
     """reference.adam_direction, same arguments: (rows, cols) contiguous, -lr times Adam's direction."""
-    problem = _book(state["m"].dtype)
+    problem = ""
     if g.dtype not in FLOATS or dtype not in FLOATS:
         problem = f"{g.dtype} to {dtype}"
     elif g.ndim != 2 or g.stride(1) != 1:
@@ -120,7 +114,7 @@ def adam_direction(
 
 def rescale_(state: State, names: tuple[str, ...], d: Tensor, impl: Impl = "auto") -> None:
     """reference.rescale_, same arguments: 8-bit moments under a new column scale."""
-    problem = _book(torch.int8) or (f"dtype {d.dtype}" if d.dtype != torch.float32 else "")
+    problem = f"dtype {d.dtype}" if d.dtype != torch.float32 else ""
     tensors = [d, state["d"], *(state[k] for name in names for k in (name, f"{name}_scale"))]
     if choose(tensors, impl, (torch.float32, torch.int8, torch.uint8), problem) == "ref":
         reference.rescale_(state, names, d)

@@ -8,7 +8,6 @@ differ much, "d" (cols,) fp32: m / d and v / d^2 are what is quantised.
 from __future__ import annotations
 
 from enum import IntEnum
-from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -20,8 +19,6 @@ QUANT = (
 FLOOR = 2.0**-100  # least scale: FLOOR / 255^2, what a code 1 decodes to, is still a normal fp32 number
 PROBE = 16  # columns of the norm probe that its kernel takes
 SECOND = ("v",)  # state that is never negative: unsigned codes, stochastic rounding in bf16
-Book = Literal["linear", "dynamic"]
-BOOK: Book = "linear"  # of all 8-bit states; read at the call
 
 
 class Column(IntEnum):
@@ -176,22 +173,21 @@ def rescale_(
 def quantise(
     x: Tensor,  # (rows, cols) fp32 or float64, x >= 0 unless signed
     signed: bool,
-    book: Book | None = None,  # None: BOOK
 ) -> tuple[Tensor, Tensor]:
     """Codes (rows, cols) int8 (unsigned: uint8) and scales (rows, ceil(cols / 256)) fp32, 2^-100 at least.
 
-    With a = the block's largest |x|, the scale:
-    linear   signed  round(127 x / a);  unsigned  round(255 sqrt(x) / sqrt(a)), at least 1 where x > 0: with a
-             second moment of 0 the next Adam step would divide by sqrt((1 - beta2) g^2)
-    dynamic  nearest entry of bitsandbytes' map, in closed form
+    With a = the block's largest |x|, the scale, and halves rounded to even:
+    signed    round(127 x / a)
+    unsigned  round(255 sqrt(x) / sqrt(a)), at least 1 where x > 0: with a second moment of 0 the next Adam
+              step would divide by sqrt((1 - beta2) g^2)
+
+    The dynamic map of bitsandbytes trained no better (CHANGELOG) and takes a search or a logarithm a number.
     """
     cols = x.shape[1]
     x = F.pad(x, (0, -cols % QUANT)).unflatten(1, (-1, QUANT))
     scales = x.abs().amax(2).clamp(min=FLOOR).float()
     a = scales.to(x.dtype)[:, :, None]
-    if (book or BOOK) == "dynamic":
-        codes = _dynamic_code(x / a, signed)
-    elif signed:
+    if signed:
         codes = torch.round(x * (127 / a))
     else:
         codes = torch.maximum(torch.round(torch.sqrt(x) * (255 / torch.sqrt(a))), (x > 0).to(x.dtype))
@@ -201,58 +197,12 @@ def quantise(
 def dequantise(
     codes: Tensor,  # (rows, cols) int8: signed, or uint8
     scales: Tensor,  # (rows, ceil(cols / 256)) fp32
-    book: Book | None = None,  # None: BOOK
     wide: torch.dtype = torch.float32,
 ) -> Tensor:
-    """(rows, cols) of dtype `wide`. linear: a (c / 127) or a (c / 255)^2; the block's largest is exact."""
-    signed, c = codes.dtype == torch.int8, codes.to(wide)
-    if (book or BOOK) == "dynamic":
-        x = _dynamic_value(c, signed)
-    elif signed:
-        x = c * (1 / 127)
-    else:
-        x = (c * (1 / 255)).square()
+    """(rows, cols) of dtype `wide`: a (c / 127) or a (c / 255)^2; the block's largest is exact."""
+    c = codes.to(wide)
+    x = c * (1 / 127) if codes.dtype == torch.int8 else (c * (1 / 255)).square()
     return x * scales.to(wide).repeat_interleave(QUANT, 1)[:, : c.shape[1]]
-
-
-def _dynamic_code(
-    y: Tensor,  # in [-1, 1]
-    signed: bool,
-) -> Tensor:
-    """The nearest entry's number in bitsandbytes' map, less 128 where signed (it is stored as int8).
-
-    The map: in each decade, from 10^(e-7) to 10^(e-6) for e = 0 .. 6, the midpoints of 2^e equal parts
-    (unsigned: 2^(e+1)) with either sign; 0; and +1: the most negative entry is -0.993.
-    """
-    b, size = (1 if signed else 2), y.abs()
-    e = torch.zeros_like(y)
-    for n in range(1, 7):
-        e += size >= 10.0 ** (n - 7) * (1 + 1.8 / (b * 2**n))
-    parts = b * torch.exp2(e)
-    i = torch.floor((_decade(6 - e) * size - 0.1) / 0.9 * parts).clamp(min=0)
-    k = torch.minimum(i, parts - 1) + (parts if signed else parts - 1)
-    k = torch.where(size < 1e-6 * (0.05 + 0.225 / b), 0, k)
-    if not signed:
-        return torch.where(y >= 1 - 0.225 / 128, 255, k)
-    return torch.where(y >= 1 - 0.225 / 64, 127, torch.where(y < 0, -1 - k, k - 1))
-
-
-def _dynamic_value(
-    c: Tensor,  # codes, as floats
-    signed: bool,
-) -> Tensor:
-    k = (c + 1).abs() if signed else c + 1  # of the zero: 0, unsigned 1
-    e = (torch.frexp(k).exponent - 1).to(c.dtype) - (0 if signed else 1)
-    parts = torch.exp2(e) * (1 if signed else 2)
-    x = (0.1 + 0.9 * (k - parts + 0.5) / parts) / _decade(6 - e)
-    if not signed:
-        return torch.where(c == 0, 0, torch.where(c == 255, 1, x))
-    return torch.where(c == -1, 0, torch.where(c == 127, 1, torch.where(c < -1, -x, x)))
-
-
-def _decade(n: Tensor) -> Tensor:
-    """10^n of small whole n >= 0; torch.pow(10, n) is an ulp off in fp32 at some of them."""
-    return torch.round(torch.pow(10.0, n))
 
 
 def stochastic_bf16(x: Tensor, t: Tensor, index: Tensor) -> Tensor:

@@ -566,5 +566,8 @@ def test_parsing_leaves_hydra_and_the_defaults_alone() -> None:
 
 
 def test_the_makefile_reads_the_quickstart_run() -> None:
-    cfg = parse(["experiment=quickstart"])
-    assert f"RUN := {cfg.run.dir}/{cfg.run.name}\n" in (ROOT / "Makefile").read_text()
+    cfg, make = parse(["experiment=quickstart"]), (ROOT / "Makefile").read_text()
+    assert f"OPTIM ?= {cfg.optim.name}\n" in make and "quickstart optim=$(OPTIM) " in make
+    for name in ("adamw", "galore_8bit"):
+        cfg = parse(["experiment=quickstart", f"optim={name}"])
+        assert f"RUN := {cfg.run.dir}/{cfg.run.name}\n".replace(name, "$(OPTIM)") in make
