@@ -85,6 +85,22 @@ def _write(pointers, x, mask, MASKED: tl.constexpr):
 
 
 @triton.jit
+def tile(rows, cols, EVEN: tl.constexpr, BLOCKS: tl.constexpr, WIDTH: tl.constexpr):
+    """This program's (BLOCKS, WIDTH) of a matrix: rows, columns, rows that exist, numbers that do, where they
+    lie in a contiguous one, and the quant block of each row."""
+    across = tl.cdiv(cols, WIDTH)
+    program = tl.program_id(0)
+    line = (program // across) * BLOCKS + tl.arange(0, BLOCKS)
+    col = (program % across) * WIDTH + tl.arange(0, WIDTH)
+    inside = line < rows
+    mask = inside[:, None]
+    if not EVEN:
+        mask = mask & (col < cols)[None, :]
+    at = line.to(tl.int64)[:, None] * cols + col[None, :]
+    return line, col, inside, mask, at, line * across + program % across
+
+
+@triton.jit
 def _step(
     g,  # (BLOCKS, WIDTH) fp32
     m_ptr,
@@ -238,15 +254,7 @@ def direction_kernel(
     BLOCKS: tl.constexpr,
     WIDTH: tl.constexpr,
 ):
-    across = tl.cdiv(cols, WIDTH)
-    program = tl.program_id(0)
-    line = (program // across) * BLOCKS + tl.arange(0, BLOCKS)
-    col = (program % across) * WIDTH + tl.arange(0, WIDTH)
-    inside = line < rows
-    mask = inside[:, None]
-    if not EVEN:
-        mask = mask & (col < cols)[None, :]
-    at = line.to(tl.int64)[:, None] * cols + col[None, :]
+    line, col, inside, mask, at, unit = tile(rows, cols, EVEN, BLOCKS, WIDTH)
     if tl.load(row + 3) > 0:
         if SCALED:
             d = tl.load(d_ptr + col, mask=col < cols, other=1.0)[None, :]
@@ -254,7 +262,7 @@ def direction_kernel(
             d = 0.0
         g = _read(g_ptr + line.to(tl.int64)[:, None] * stride + col[None, :], mask, True)
         direction = _step(
-            g, m_ptr, v_ptr, m_scale, v_scale, d, at, mask, line * across + program % across, inside, row,
+            g, m_ptr, v_ptr, m_scale, v_scale, d, at, mask, unit, inside, row,
             beta1, rest1, beta2, rest2, eps, MOMENT, SCALED, True,
         )  # fmt: skip
         tl.store(n_ptr + at, (-tl.load(row) * direction).to(n_ptr.dtype.element_ty), mask=mask)

@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .adam import TILE, WARPS, ZERO, number, rounded
+from .adam import TILE, WARPS, ZERO, number, rounded, tile
 from .reference import FLOOR, QUANT, SECOND
 
 LEAST = tl.constexpr(FLOOR)
@@ -28,16 +28,7 @@ def rescale_kernel(
     BLOCKS: tl.constexpr,
     WIDTH: tl.constexpr,
 ):
-    across = tl.cdiv(cols, WIDTH)
-    program = tl.program_id(0)
-    line = (program // across) * BLOCKS + tl.arange(0, BLOCKS)
-    col = (program % across) * WIDTH + tl.arange(0, WIDTH)
-    inside = line < rows
-    mask = inside[:, None]
-    if not EVEN:
-        mask = mask & (col < cols)[None, :]
-    at = line.to(tl.int64)[:, None] * cols + col[None, :]
-    unit = line * across + program % across
+    _, col, inside, mask, at, unit = tile(rows, cols, EVEN, BLOCKS, WIDTH)
     scale = tl.load(scale_ptr + unit, mask=inside, other=0.0)[:, None]
     ratio = tl.load(ratio_ptr + col, mask=col < cols, other=0.0)[None, :]
     x = number(tl.load(code_ptr + at, mask=mask, other=0), SIGNED)
