@@ -80,6 +80,12 @@ TAIL = """\
 Exit codes: 0 done or saved on a signal, 2 bad configuration,
             3 training stopped (non-finite, limits), 4 out of memory"""
 
+MAGNITUDE = {
+    "optim.refresh_every": "as above",
+    "optim.mag_scale": "magnitudes run at lr * mag_scale",
+    "optim.rounding": "of bf16 matrices: stochastic or nearest",
+}
+
 
 def help_text() -> str:
     """The whole text, about 80 lines."""
@@ -99,10 +105,11 @@ def help_text() -> str:
     lines += textwrap.wrap(
         "  shapes: " + " ".join(shapes), 80, subsequent_indent=" " * 4, break_on_hyphens=False
     )
-    names = methods("projected")
-    cfg = blank(names[0])
-    lines += ["", f"Keys and defaults of projected methods ({', '.join(names)}):"]
-    lines += [line(cfg, key, PROJECTED) for key in leaves(cfg) if key in PROJECTED]
+    for schema, phrases in (("projected", PROJECTED), ("magnitude", MAGNITUDE)):
+        names = methods(schema)
+        cfg = blank(names[0])
+        lines += ["", *textwrap.wrap(f"Keys and defaults of {schema} methods ({', '.join(names)}):", 80)]
+        lines += [line(cfg, key, phrases) for key in leaves(cfg) if key in phrases]
     return "\n".join([*lines, "", TAIL])
 
 

@@ -14,6 +14,7 @@ from typing import Any
 from data.config import DataConfig
 from llama.config import ActivationsConfig, ModelConfig, num_block_params, num_params
 from optim.config import (
+    MagnitudeConfig,
     OptimConfig,
     ProjectedConfig,
     default_lr,
@@ -28,7 +29,7 @@ from .values import ConfigError, apply, leaves, read_yaml, show
 # Group -> schema name -> dataclass. A group file opens with `defaults: [/schema/<group>/<name>@_here_]`.
 SCHEMAS: dict[str, dict[str, type]] = {
     "model": {"llama": ModelConfig},
-    "optim": {"adamw": OptimConfig, "projected": ProjectedConfig},
+    "optim": {"adamw": OptimConfig, "projected": ProjectedConfig, "magnitude": MagnitudeConfig},
     "data": {"text": DataConfig},
     "activations": {"activations": ActivationsConfig},
 }
@@ -186,8 +187,9 @@ def register() -> None:
 
 
 def methods(schema: str, folder: Path = FOLDER) -> list[str]:
-    """The options of `optim` that fill this schema."""
-    return [name for name in group_options("optim", folder) if group_schema("optim", name, folder) == schema]
+    """The options of `optim` that take this schema's keys."""
+    kinds, names = SCHEMAS["optim"], group_options("optim", folder)
+    return [n for n in names if issubclass(kinds[group_schema("optim", n, folder)], kinds[schema])]
 
 
 def blank(method: str, folder: Path = FOLDER) -> Config:

@@ -6,7 +6,7 @@ Imports torch and triton only.
 """
 
 from .dispatch import adam_, adam_direction, choose, cross_entropy_, plan, probe_squares, rescale_, squares
-from .lift import lift_
+from .lift import lift_, lift_rows_
 from .reference import PROBE, QUANT, SECOND, Column, dequantise, load, quantise, save_, stochastic_bf16
 
 __all__ = [
@@ -20,6 +20,7 @@ __all__ = [
     "cross_entropy_",
     "dequantise",
     "lift_",
+    "lift_rows_",
     "load",
     "plan",
     "probe_squares",

@@ -5,6 +5,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from .reference import Column, stochastic_bf16
+
+APART = 1 << 20  # between the random bits of a weight and those of its moments
+
 
 def lift_(
     w: Tensor,  # (out, in) any float dtype, in place
@@ -22,3 +26,29 @@ def lift_(
     else:
         wide = torch.promote_types(w.dtype, torch.float32)
         w.copy_(torch.addcmul(torch.mm(a, b).to(wide), w.to(wide), keep.to(wide)))
+
+
+def lift_rows_(
+    w: Tensor,  # (out, in) any float dtype, in place
+    a: Tensor,  # (out, r)
+    b: Tensor,  # (r, in)
+    keep: Tensor,  # (out,) wide
+    factor: Tensor,  # (out,) wide, of a b
+    h: Tensor
+    | None,  # the parameter's row of the table: a bf16 w is rounded stochastically by its t and index
+) -> None:
+    """W <- keep W + factor (a b), row by row, summed wide, rounded once.
+
+    A factor on the row nearer to 1 than 2^-9 would be lost in bf16 if rounded to nearest.
+    """
+    wide = keep.dtype
+    if w.is_cuda and w.dtype == torch.bfloat16:
+        product = torch.mm(a.to(w.dtype), b.to(w.dtype), out_dtype=torch.float32)
+    else:
+        product = a.to(wide) @ b.to(wide)
+    new = torch.addcmul(w.to(wide) * keep[:, None], product, factor[:, None])
+    if h is not None and w.dtype == torch.bfloat16:
+        flat = stochastic_bf16(new.view(-1), h[Column.T], h[Column.INDEX] + APART)
+        w.copy_(flat.view(w.shape))
+    else:
+        w.copy_(new)

@@ -24,9 +24,17 @@ from torch import nn
 from torch.distributed.tensor import DTensor, Shard
 from torch.nn.parallel import DistributedDataParallel
 
-from .config import OptimConfig, ProjectedConfig, default_lr, default_rank, default_refresh_every
+from .config import (
+    MagnitudeConfig,
+    OptimConfig,
+    ProjectedConfig,
+    default_lr,
+    default_rank,
+    default_refresh_every,
+)
 from .engine import Engine, basis_dtype
 from .layer import ProjectedLinear, project
+from .magnitude import Magnitude
 from .methods import METHODS, Method, adam
 from .reduce import Reduce, sum_shards
 from .unit import PROBE, Basis, Unit, local
@@ -50,7 +58,7 @@ def attach(
 ) -> Engine:
     """A torch.optim.Optimizer for `model`.
 
-    method      a key of METHODS: adamw, adamw_8bit, galore, galore_8bit, galore_sgd
+    method      a key of METHODS: adamw, adamw_8bit, galore, galore_8bit, gradnormlorp, gradnormlorp_8bit, ...
     accum_steps backwards that make one step; gradients are summed, so divide the loss accordingly
     group       process group whose ranks hold replicas, or row shards (fully_shard before attach):
                 gradients are reduced over it; None reduces nothing
@@ -215,6 +223,10 @@ def give_bases(model: nn.Module, units: list[Unit], cfg: ProjectedConfig) -> lis
         if side != "input":
             for u in members:
                 u.p = basis("output", [u], 0 if side == "both" else PROBE)
+    if isinstance(cfg, MagnitudeConfig):
+        how = Magnitude(cfg.mag_scale, adam(cfg), cfg.rounding == "stochastic")
+        for u in (u for u in units if u.projected):
+            u.mag = how
     for u in units:
         if u.projected:
             u.layers = [project(layer) for layer in users[id(u.param)]]

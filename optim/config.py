@@ -135,6 +135,23 @@ class ProjectedConfig(OptimConfig):
     }
 
 
+@dataclass
+class MagnitudeConfig(ProjectedConfig):
+    """Methods that train a matrix as magnitude and direction, a number of each row."""
+
+    mag_scale: float = 0.25  # the magnitudes run at lr * mag_scale
+    rounding: str = "stochastic"  # of bf16 matrices: stochastic | nearest
+    refresh_every: int | None = 250
+
+    CHOICES: ClassVar[dict[str, tuple[str, ...]]] = ProjectedConfig.CHOICES | {
+        "side": ("input", "output", "paper", "long"),  # of both, P and the row factors do not commute
+        "rounding": ("stochastic", "nearest"),
+    }
+    RANGES: ClassVar[dict[str, tuple[str, str]]] = ProjectedConfig.RANGES | {
+        "mag_scale": ("[0, 100]", "0.25 is usual, 0 keeps the magnitudes"),
+    }
+
+
 def inside(value: float, interval: str) -> bool:
     """Whether value is in an interval written like (0, 10]."""
     low, high = map(float, interval[1:-1].split(", "))

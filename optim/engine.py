@@ -29,7 +29,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from . import kernels, measure, memory, state
+from . import kernels, magnitude, measure, memory, state
 from .config import OptimConfig
 from .layer import unproject
 from .measure import Landed
@@ -134,6 +134,10 @@ class Engine(torch.optim.Optimizer):
         if self._moved:
             self._place()
             self._prepare()
+        if not self._forwards and not self.updates:
+            for u in self.units:
+                if u.mag and u.projected:
+                    magnitude.begin(u, local(u.param))
         self._forwards += 1
         self._form_g()  # blocks may have been compiled since the step was prepared
 
@@ -143,6 +147,7 @@ class Engine(torch.optim.Optimizer):
         self._next, self._pass, self._forwards, self._opened = 0, 1, 0, False
         self._flight: list[tuple[Unit, Flight]] = []
         self._held: dict[int, Tensor] = {}  # G of units whose basis waits for its other units
+        self._s: dict[int, Tensor] = {}  # and the gradient of their magnitudes
         self._landed: list[Landed] = []
         self._waiting = 0  # bytes of it
         self._seen: tuple[int, Tensor] | None = None  # version and copy of the smallest dense gradient
@@ -230,13 +235,19 @@ class Engine(torch.optim.Optimizer):
         if u.refresh:
             self._refresh(u, grads[0])
         else:
+            s = a = None
+            if u.mag:
+                grads, s, a = magnitude.direction(u, local(u.param), grads)
             r, z = u.split(grads)
-            self._hold("dense" if z is None else "probed", u, r, r if z is None else z)
+            self._hold("dense" if z is None else "probed", u, r, r if z is None else z, s, a)
         if (self.in_backward or self._pass < self.passes) and self._waiting >= HELD:
             self._flush()
 
     def _refresh(self, u: Unit, g: Tensor) -> None:
         """Holds G until all units of the basis have theirs; then they get the new basis, and R from it."""
+        if u.mag:
+            magnitude.resume(u, local(u.param))
+            self._s[u.index] = magnitude.direction_of_(u, local(u.param), g)
         self._held[u.index] = g
         for b in u.bases:
             b.arrived += b.due
@@ -244,14 +255,17 @@ class Engine(torch.optim.Optimizer):
                 for m, anew in self.refresher.replace_(b, [self._held[m.index] for m in b.units]):
                     if anew:
                         self.scalars.start_anew(m)
+                        for name in magnitude.MOMENTS if m.mag else ():  # it shares the count of updates
+                            m.state[name].zero_()
                 b.due = False
         for m in dict.fromkeys(m for b in u.bases for m in b.units):
             if m.index in self._held and not any(b.due for b in m.bases):
                 g = self._held.pop(m.index)
-                self._hold("whole", m, m.coordinates(g), g)
+                a = local(m.param) @ m.q.q.to(g.dtype) if m.mag and m.q else None
+                self._hold("whole", m, m.coordinates(g), g, self._s.pop(m.index, None), a)
 
-    def _hold(self, kind: str, u: Unit, r: Tensor, rest: Tensor) -> None:
-        self._landed.append(Landed(kind, u, r, rest))
+    def _hold(self, kind: str, u: Unit, r: Tensor, rest: Tensor, s: Tensor | None, a: Tensor | None) -> None:
+        self._landed.append(Landed(kind, u, r, rest, s, a))
         # The same on every rank, however its rows are cut: a flush exchanges sums.
         rows = self.reduce.rows(u) if u.sharded else r.shape[0] if r.ndim else 1
         bytes_of_r = rows * math.prod(r.shape[1:]) * r.element_size()
@@ -274,12 +288,16 @@ class Engine(torch.optim.Optimizer):
         elif clip and not self.in_backward:
             self.scalars.clip_all(clip, self.scalars.total(NORM_OF.get(mode, 1)))
         dense: dict[Rule, list[tuple[Unit, Tensor]]] = {}
-        for _, u, r, _ in batch:
+        for x in batch:
+            u, r = x.unit, x.r
             if not u.projected:
                 dense.setdefault(u.rule, []).append((u, r))
                 continue
-            h = self.scalars.table[u.index]
-            n = u.rule.step_(r, u.state, h, local(u.param).dtype)
+            h, w = self.scalars.table[u.index], local(u.param)
+            n = u.rule.step_(r, u.state, h, w.dtype)
+            if x.s is not None:
+                magnitude.step_(u, w, n, x.s, None if x.a is None else x.a[:, : r.shape[1]], h)
+                continue
             u.lift_(n, torch.where(h[Column.OK] > 0, h[Column.KEEP], 1.0) if u.decay else None)
         for rule, some in dense.items():
             units = [u for u, _ in some]

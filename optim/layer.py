@@ -13,6 +13,9 @@ saved files are those of the plain model.
 Beside the basis stand k Gaussian columns S, the norm probe: [Q, S] is one tensor, so that one product gives
 x Q and x S, and [R, Z] with Z = G S comes out of one product too (both: Z has a coordinate of its own).
 
+A weight with a magnitude (magnitude.py) has one more coordinate, (out, 1) in the dtype of sums: its gradient
+is the sum over tokens of dY * y, for which y = x W^T is saved. On the output side P^T takes dY by row factor.
+
 A second backward through one graph raises autograd's version error once W was updated inside the first.
 """
 
@@ -33,7 +36,7 @@ def coordinate(*shape: int, dtype: torch.dtype, device: torch.device) -> Tensor:
 
 
 class _Project(torch.autograd.Function):
-    """x, W, coordinate, probe's coordinate or None, P or None, Q or None -> x W^T. None: the identity."""
+    """-> x W^T. p, q None: the identity; probe, mag, factor None: there is none."""
 
     @staticmethod
     def forward(
@@ -44,33 +47,42 @@ class _Project(torch.autograd.Function):
         probe: Tensor | None,
         p: Tensor | None,
         q: Tensor | None,
+        mag: Tensor | None,
+        factor: Tensor | None,
     ) -> Tensor:
         if q is None:
             kept = x
         else:
             wide = torch.promote_types(x.dtype, q.dtype)  # the same dtype but for a basis kept wider
             kept = x.to(wide) @ q.to(wide)
-        ctx.save_for_backward(kept, w, p)
+        y = F.linear(x, w)
+        ctx.save_for_backward(kept, w, p, None if mag is None else y, factor)
         ctx.columns = None if probe is None else coord.shape[1]
-        return F.linear(x, w)
+        ctx.wide = None if mag is None else mag.dtype
+        return y
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-        kept, w, p = ctx.saved_tensors
+        kept, w, p, y, factor = ctx.saved_tensors
         dx = dy @ w if ctx.needs_input_grad[0] else None
         kept = kept.reshape(-1, kept.shape[-1])
         left = dy = dy.reshape(-1, dy.shape[-1])
+        s = None
+        if ctx.wide is not None:
+            s = (dy.to(ctx.wide) * y.reshape(dy.shape).to(ctx.wide)).sum(0)[:, None]
+        if factor is not None:
+            left = (dy * factor).to(dy.dtype)
         if p is not None:
             wide = torch.promote_types(dy.dtype, p.dtype)
-            left = dy.to(wide) @ p.to(wide)
+            left = left.to(wide) @ p.to(wide)
         if ctx.columns is None:
             z = None
         else:
             kept, probed = kept[:, : ctx.columns], kept[:, ctx.columns :]
             z = dy.to(probed.dtype).t() @ probed
         wide = torch.promote_types(left.dtype, kept.dtype)
-        return dx, None, left.to(wide).t() @ kept.to(wide), z, None, None
+        return dx, None, left.to(wide).t() @ kept.to(wide), z, None, None, s, None
 
 
 class ProjectedLinear(nn.Linear):
@@ -81,6 +93,8 @@ class ProjectedLinear(nn.Linear):
     full: Tensor  # the identity basis' coordinate (out, in)
     p: Tensor | None  # [P, S] (out, r + k); side both: P (out, r)
     q: Tensor | None  # [Q, S] (in, r + k)
+    mag: Tensor | None  # what the sum of dY * y is the gradient of (out, 1)
+    factor: Tensor | None  # with a magnitude, output side: of rows (out,)
     refresh: bool  # this step forms G
     moved: Callable[[], None]  # called after .to(), .cuda(), .bfloat16(), to_empty()
 
@@ -94,9 +108,9 @@ class ProjectedLinear(nn.Linear):
             x, w = x.to(dtype), w.to(dtype)
             bias = None if bias is None else bias.to(dtype)
         if self.refresh:
-            y = _Project.apply(x, w, self.full, None, None, None)
+            y = _Project.apply(x, w, self.full, None, None, None, None, None)
         else:
-            y = _Project.apply(x, w, self.coord, self.probe, self.p, self.q)
+            y = _Project.apply(x, w, self.coord, self.probe, self.p, self.q, self.mag, self.factor)
         return y if bias is None else y + bias
 
     def _apply(self, fn: Any, recurse: bool = True) -> ProjectedLinear:
@@ -109,7 +123,7 @@ class ProjectedLinear(nn.Linear):
         return _plain, ({k: v for k, v in self.__dict__.items() if k not in ATTRIBUTES},)
 
 
-ATTRIBUTES = ("coord", "probe", "full", "p", "q", "refresh", "moved")
+ATTRIBUTES = ("coord", "probe", "full", "p", "q", "mag", "factor", "refresh", "moved")
 
 
 def _plain(state: dict[str, Any]) -> nn.Linear:
@@ -125,7 +139,7 @@ def project(layer: nn.Linear) -> ProjectedLinear:
     layer.__class__ = ProjectedLinear
     assert isinstance(layer, ProjectedLinear)
     layer.weight.requires_grad_(False)
-    layer.probe = layer.p = layer.q = None
+    layer.probe = layer.p = layer.q = layer.mag = layer.factor = None
     layer.refresh = False
     return layer
 

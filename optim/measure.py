@@ -19,6 +19,8 @@ class Landed(NamedTuple):
     unit: Unit
     r: Tensor  # R, or a dense parameter's gradient
     rest: Tensor  # probed: Z; whole: G; dense: r
+    s: Tensor | None = None  # gradient of the magnitude; R, Z and G are then the direction's
+    a: Tensor | None = None  # W Q beside it, on the input side
 
 
 def squares(batch: list[Landed], dtype: torch.dtype) -> Iterator[tuple[list[Unit], Tensor]]:
@@ -42,4 +44,8 @@ def squares(batch: list[Landed], dtype: torch.dtype) -> Iterator[tuple[list[Unit
                     rests = [x.unit.outside(x.r, x.rest) for x in some]
                     captured, rest = kernels.squares([*rs, *rests], dtype).view(2, -1)
                 estimate = captured + rest / PROBE
+            more = [x.s for x in some if x.s is not None]
+            if more:  # all of a kind or none
+                own_squares = kernels.squares(more, dtype)
+                captured, estimate = captured + own_squares, estimate + own_squares
             yield units, torch.stack([captured, estimate], 1)

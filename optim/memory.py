@@ -47,7 +47,10 @@ def entries(e: Engine) -> list[Entry]:
         for kind, numel, dtype in state_of(u):
             add(kind, numel, dtype)
         if u.projected:
-            add("coordinates", len(u.leaves) + 1, w.dtype)  # one element each, whatever their shape
+            add(
+                "coordinates", len(u.leaves) + 1 - bool(u.mag), w.dtype
+            )  # one element each, whatever their shape
+            add("coordinates", int(bool(u.mag)), wide_of(u))
     for b in e.bases:
         add("bases", b.n * b.r, b.qs.dtype)
         add("probe S", b.n * b.k, b.qs.dtype)
@@ -61,7 +64,7 @@ def entries(e: Engine) -> list[Entry]:
 
 def state_of(u: Unit) -> list[Entry]:
     """Moments of one unit: R's numbers in their store, a scale for 256 of a row, the column scale."""
-    shape, wide = u.shape, torch.promote_types(local(u.param).dtype, torch.float32)
+    shape, wide = u.shape, wide_of(u)
     rows, cols = (shape[0], shape[1]) if len(shape) == 2 else (1, shape[0])
     out = []
     for name in u.rule.moments:
@@ -71,7 +74,15 @@ def state_of(u: Unit) -> list[Entry]:
             out.append(Entry("moment scales", rows * -(-cols // QUANT), torch.float32))
     if u.store == "int8" and u.q and out:
         out.append(Entry("column scale", u.q.r, torch.float32))
+    if u.mag:
+        rows = len(local(u.param))
+        out += [Entry("magnitudes mag, n", 2 * rows, wide), Entry("moments of mag", 2 * rows, wide)]
+        out += [Entry("row factors", rows, wide)] if u.p else []
     return out
+
+
+def wide_of(u: Unit) -> torch.dtype:
+    return torch.promote_types(local(u.param).dtype, torch.float32)
 
 
 def table(e: Engine) -> str:

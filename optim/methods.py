@@ -10,7 +10,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
-from .config import OptimConfig, ProjectedConfig
+from .config import MagnitudeConfig, OptimConfig, ProjectedConfig
 from .rules import Rule
 from .rules.adam import Adam
 from .rules.sgd import Sgd
@@ -19,7 +19,7 @@ from .rules.sgd import Sgd
 @dataclass(frozen=True)
 class Method:
     rule: Callable[[OptimConfig], Rule]  # of the matrices; embeddings, head and gains are trained by Adam
-    config: type[OptimConfig]  # ProjectedConfig: the rule sees coordinates in a basis
+    config: type[OptimConfig]  # ProjectedConfig: the rule sees coordinates in a basis; MagnitudeConfig: of V
     defaults: dict[str, Any] = field(default_factory=dict)
 
 
@@ -32,5 +32,7 @@ METHODS = {
     "adamw_8bit": Method(adam, OptimConfig, {"moments": "int8"}),
     "galore": Method(adam, ProjectedConfig),
     "galore_8bit": Method(adam, ProjectedConfig, {"moments": "int8"}),
+    "gradnormlorp": Method(adam, MagnitudeConfig),
+    "gradnormlorp_8bit": Method(adam, MagnitudeConfig, {"moments": "int8"}),
     "galore_sgd": Method(lambda cfg: Sgd(), ProjectedConfig, {"scale": 50.0}),
 }

@@ -23,8 +23,9 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from . import kernels, moments, subspace
+from . import kernels, magnitude, moments, subspace
 from .layer import ProjectedLinear, coordinate
+from .magnitude import Magnitude
 from .rules import Rule
 
 PROBE = kernels.PROBE  # columns of the norm probe: 1.6% of the products of R at r = 1024
@@ -105,13 +106,14 @@ class Unit:
     scale: float  # its lr is group lr * scale
     decay: float  # decoupled
     store: str  # fp32 | bf16 | int8
+    mag: Magnitude | None = None  # None: W is trained as it is, not as magnitude and direction
     index: int = 0
     layers: list[ProjectedLinear] = field(default_factory=list)  # that use it; none: dense
     q: Basis | None = None
     p: Basis | None = None
     why: str = ""  # for the start table: why a matrix is not projected
     state: dict[str, Tensor] = field(default_factory=dict)
-    leaves: list[Tensor] = field(default_factory=list)  # coordinate, probe's coordinate; a dense one: itself
+    leaves: list[Tensor] = field(default_factory=list)  # coordinates: R, probe's, magnitude's; dense: itself
     refresh: bool = False  # this step forms G
     full: Tensor | None = None  # the identity basis' coordinate
     fired: list[int] = field(default_factory=list)  # backwards counted by leaf since the last step; full last
@@ -149,6 +151,8 @@ class Unit:
         self.state |= moments.init(self.store, self.shape, w.device, wide, self.rule.moments)
         if self.q and self.store == "int8" and self.rule.moments:
             self.state["d"] = torch.ones(self.q.r, device=w.device)
+        if self.mag:
+            self.state |= magnitude.init(w, factor=self.p is not None)
 
     def place(self, hook: Callable[[Tensor, int], None]) -> None:
         """Leaves on the weight's device in its dtype, with their hooks; again whenever it has moved."""
@@ -168,9 +172,13 @@ class Unit:
                 assert self.p is not None
                 self.leaves = [coordinate(self.p.r + self.p.k, width, dtype=w.dtype, device=w.device)]
             self.full = coordinate(out, width, dtype=w.dtype, device=w.device)
+            if self.mag:
+                self.leaves.append(coordinate(out, 1, dtype=self.state["mag"].dtype, device=w.device))
             for layer in self.layers:
+                layer.mag = self.leaves[-1] if self.mag else None
+                layer.factor = self.state.get("factor")
                 layer.coord, layer.full = self.leaves[0], self.full
-                layer.probe = self.leaves[1] if len(self.leaves) > 1 else None
+                layer.probe = self.leaves[1] if self.q and self.p and self.q.k else None
                 layer.q = self.q.qs if self.q else None
                 layer.p = self.p.qs if self.p else None
         else:

@@ -547,6 +547,9 @@ def test_bytes_are_the_formulas_invariant_43(name, method):
         r = opt.bases[0].r
         assert bases == layers * (3 * h + i) * r
         assert moments == 2 * rest + (0 if method == "galore_sgd" else 2 * layers * (5 * h + 2 * i) * r)
+        rows = layers * (5 * h + 2 * i) if method.startswith("gradnormlorp") else 0
+        for what in ("magnitudes mag, n", "moments of mag"):
+            assert sum(x.numel for x in entries(opt) if x.what == what) == 2 * rows
         assert sum(x.numel for x in entries(opt) if x.what == "probe S") == layers * (3 * h + i) * 16
         assert sum(x.numel for x in entries(opt) if x.what == "probe Q^T S") == layers * 4 * r * 16
 

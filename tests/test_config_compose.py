@@ -196,12 +196,14 @@ def test_values_keep_what_was_typed() -> None:
 
 
 def test_methods_are_the_group_files() -> None:
-    assert methods("adamw") == ["adamw", "adamw_8bit"]
-    assert methods("projected") == ["galore", "galore_8bit", "galore_sgd"]
+    low = ["galore", "galore_8bit", "galore_sgd"]
+    magnitudes = ["gradnormlorp", "gradnormlorp_8bit"]
+    assert methods("adamw") == ["adamw", "adamw_8bit", *low, *magnitudes]
+    assert methods("projected") == [*low, *magnitudes] and methods("magnitude") == magnitudes
     for name in group_options("optim"):
         cfg = parse([f"optim={name}"])
         assert cfg.optim.name == name and cfg.optim.moments == ("int8" if "8bit" in name else "fp32")
-        assert isinstance(cfg.optim, ProjectedConfig) == name.startswith("galore")
+        assert isinstance(cfg.optim, ProjectedConfig) == (name not in ("adamw", "adamw_8bit"))
         assert cfg.run.name == f"llama_60m_{name}_0"
         assert cfg.check() == []
     scales = [parse([f"optim={name}"]).optim.scale for name in ("adamw", "galore", "galore_sgd")]
@@ -215,7 +217,8 @@ def test_keys_of_projected_methods() -> None:
         (line,) = problems_of(argv)
         assert (
             line
-            == "optim.rank=64: belongs to projected methods; choose optim=galore, galore_8bit or galore_sgd"
+            == "optim.rank=64: belongs to projected methods; choose optim=galore, galore_8bit, galore_sgd, "
+            "gradnormlorp or gradnormlorp_8bit"
         )
     first, second, third = problems_of(["optim.rank=64", "stepz=3", "optim.beta1=2"])
     assert first.startswith("stepz=3: ") and second.startswith("optim.rank=64: belongs")

@@ -184,7 +184,8 @@ def test_keys_of_other_methods_give_one_line_with_those_that_have_them() -> None
     for key in PROJECTED:
         for method in ("adamw", "adamw_8bit"):
             assert problems_of([f"optim={method}", f"{key}=1"]) == [
-                f"{key}=1: belongs to projected methods; choose optim=galore, galore_8bit or galore_sgd"
+                f"{key}=1: belongs to projected methods; choose optim=galore, galore_8bit, galore_sgd, "
+                "gradnormlorp or gradnormlorp_8bit"
             ]
 
 

@@ -74,7 +74,7 @@ def close(a, b, tol=1e-12):
 
 
 def projected(name):
-    return METHODS[name].config is ProjectedConfig
+    return issubclass(METHODS[name].config, ProjectedConfig)
 
 
 @functools.cache

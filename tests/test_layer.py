@@ -36,7 +36,7 @@ def parts(side, out=7, n=9, r=3, k=2, seed=0):
 def gradients(side, x, dy, **sizes):
     w, coord, probe, p, q = parts(side, **sizes)
     x = x.clone().requires_grad_()
-    y = _Project.apply(x, w, coord, probe, p, q)
+    y = _Project.apply(x, w, coord, probe, p, q, None, None)
     y.backward(dy)
     return y.detach(), x.grad, coord.grad, None if probe is None else probe.grad
 
@@ -100,11 +100,31 @@ def test_coordinates_are_linear_in_the_data_invariant_8(side, sizes, tokens, sca
             torch.testing.assert_close(both[n_grad] * scale, scaled[n_grad], rtol=1e-11, atol=1e-11)
 
 
+@pytest.mark.parametrize("side", ["input", "output"])
+@kills("optim/layer.py", "(dy.to(ctx.wide) * y.reshape(dy.shape)", "(dy.to(ctx.wide) + y.reshape(dy.shape)")
+@kills("optim/layer.py", ".sum(0)[:, None]", ".mean(0)[:, None]")
+@kills("optim/layer.py", "left = (dy * factor).to(dy.dtype)", "left = (dy + factor).to(dy.dtype)")
+def test_the_coordinate_of_a_magnitude_is_rowsum_of_g_and_w(side):
+    """And on the output side R = P^T diag(factor) G."""
+    g = torch.Generator().manual_seed(1)
+    x, dy = torch.randn(2, 5, 9, generator=g, dtype=D), torch.randn(2, 5, 7, generator=g, dtype=D)
+    w, coord, _, p, q = parts(side)
+    mag = coordinate(7, 1, dtype=D, device=w.device)
+    factor = torch.rand(7, generator=g, dtype=D) if side == "output" else None
+    _Project.apply(x, w, coord, None, p, q, mag, factor).backward(dy)
+    whole = dy.flatten(0, 1).T @ x.flatten(0, 1)
+    torch.testing.assert_close(mag.grad[:, 0], (whole * w).sum(1), rtol=1e-12, atol=1e-12)
+    want = whole @ q if factor is None else p.T @ (factor[:, None] * whole)
+    torch.testing.assert_close(coord.grad, want, rtol=1e-12, atol=1e-12)
+
+
 @pytest.mark.parametrize("side", SIDES)
 def test_gradcheck_of_the_input(side):
     w, coord, probe, p, q = parts(side)
     x = torch.randn(4, 9, dtype=D, requires_grad=True)
-    assert torch.autograd.gradcheck(lambda x: _Project.apply(x, w, coord.detach(), probe, p, q), (x,))
+    assert torch.autograd.gradcheck(
+        lambda x: _Project.apply(x, w, coord.detach(), probe, p, q, None, None), (x,)
+    )
 
 
 def layer(dtype=torch.float32, bias=True, n=12, out=10, **settings):

@@ -1,0 +1,138 @@
+"""Magnitude and direction: W = mag V / n with n = ||V_row||, one number of each a row; V is never stored.
+
+GradNormLoRP (arXiv 2412.19616) in its direct form: weight normalisation of the stored weight, the direction's
+gradient in a basis. From G = dL/dW, with c = mag / n:
+
+    s = rowsum(G * W) / mag            dL/d mag
+    D = c (G - s / mag W)              dL/dV, each row orthogonal to V's
+
+In coordinates, R = G Q and the sum over tokens of dY * y = rowsum(G * W) being linear in the data:
+
+    input side    D Q   = c (R - s / mag A),  A = W Q
+    output side   P^T D = P^T c G - P^T diag(s / n) W;  the layer forms the first term, dY scaled before P
+
+An update by N, the step of V in coordinates, and of mag, both from the old W:
+
+    n'^2 = n^2 + 2 rowsum(V * dV) + rowsum(dV * dV),  dV = back(N)      no pass over W on the input side
+    W'   = (mag' n) / (n' mag) W + mag' / n' dV
+
+Decay multiplies W and mag alike. At a refresh mag becomes the norm of the row as it is stored: in bf16 the
+two drift apart.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from . import kernels
+from .rules import Rule
+
+if TYPE_CHECKING:
+    from .unit import Unit
+
+LEAST = 1e-8  # of |mag| over the root of in_features: what is divided by
+MOMENTS = ("mag_m", "mag_v")
+Column = kernels.Column
+
+
+@dataclass(frozen=True)
+class Magnitude:
+    """How a unit's magnitude is trained."""
+
+    rate: float  # its lr is group lr * rate
+    rule: Rule
+    stochastic: bool  # rounding of bf16 weights
+
+
+def init(w: Tensor, factor: bool) -> dict[str, Tensor]:
+    """State of an untrained weight (rows, in), whose norms `begin` reads: mag, n (rows,), moments of mag."""
+    wide = torch.promote_types(w.dtype, torch.float32)
+    one, zero = w.new_ones(len(w), dtype=wide), w.new_zeros(1, len(w), dtype=wide)
+    state = {"mag": one, "n": one.clone(), "mag_m": zero, "mag_v": zero.clone()}
+    return state | ({"factor": one.clone()} if factor else {})
+
+
+def begin(u: Unit, w: Tensor) -> None:
+    """mag = n = row norms, for weights that have not been trained yet."""
+    for name in ("mag", "n"):
+        u.state[name].copy_(torch.linalg.vector_norm(w, dim=1, dtype=u.state[name].dtype))
+
+
+def resume(u: Unit, w: Tensor) -> None:
+    """mag = the row norms of W as stored, its sign kept; V, and so n, as before."""
+    norms = torch.linalg.vector_norm(w, dim=1, dtype=u.state["mag"].dtype)
+    u.state["mag"].copy_(torch.where(u.state["mag"] < 0, -norms, norms))
+    _refactor(u)
+
+
+def _divisor(u: Unit, w: Tensor) -> Tensor:
+    mag, least = u.state["mag"], LEAST * w.shape[1] ** 0.5
+    return torch.where(mag < 0, mag.clamp(max=-least), mag.clamp(min=least))
+
+
+def _refactor(u: Unit) -> None:
+    if "factor" in u.state:
+        u.state["factor"].copy_(u.state["mag"] / u.state["n"])
+
+
+def direction(u: Unit, w: Tensor, grads: list[Tensor]) -> tuple[list[Tensor], Tensor, Tensor | None]:
+    """From the leaves' gradients, [R, Z] and the sums of dY * y: [D Q, D S], s (rows,), [A, W S] or None."""
+    both, sums = grads
+    mag, n = _divisor(u, w), u.state["n"]
+    s = sums[:, 0] / mag
+    if u.p is not None:
+        left = (u.p.qs.to(mag.dtype) * (s / n)[:, None]).to(w.dtype)
+        return [both - (left.t() @ w).to(both.dtype)], s, None
+    assert u.q is not None
+    a = w @ u.q.qs.to(w.dtype)
+    d = (mag / n)[:, None] * (both.to(mag.dtype) - (s / mag)[:, None] * a.to(mag.dtype))
+    return [d.to(both.dtype)], s, a
+
+
+def direction_of_(u: Unit, w: Tensor, g: Tensor) -> Tensor:
+    """A whole gradient G (rows, in) becomes D in place; s (rows,)."""
+    mag, n = _divisor(u, w), u.state["n"]
+    s = g.new_empty(len(g), dtype=mag.dtype)
+    for rows in torch.arange(len(g)).split(1024):  # wide copies of 1024 rows at a time
+        at = slice(int(rows[0]), int(rows[-1]) + 1)
+        part, own = g[at].to(mag.dtype), w[at].to(mag.dtype)
+        s[at] = (part * own).sum(1) / mag[at]
+        g[at] = ((mag[at] / n[at])[:, None] * (part - (s[at] / mag[at])[:, None] * own)).to(g.dtype)
+    return s
+
+
+def step_(
+    u: Unit,
+    w: Tensor,  # (rows, in), in place
+    step: Tensor,  # N, -lr * direction in coordinates
+    s: Tensor,  # (rows,)
+    a: Tensor | None,  # (rows, r) W Q; None on the output side
+    h: Tensor,  # the unit's row of the table: kernels.Column
+) -> None:
+    """mag, n and W after one update; nothing changes where the gradient is not finite."""
+    assert u.mag is not None
+    state, mag, n, wide = u.state, _divisor(u, w), u.state["n"], u.state["n"].dtype
+    ok = h[Column.OK] > 0
+    moments = {"m": state["mag_m"], "v": state["mag_v"]}
+    moved = u.mag.rule.step_(s[None], moments, h, wide)[0] * (u.mag.rate / u.scale)
+    new = torch.where(ok, h[Column.KEEP], 1.0) * state["mag"] + moved
+    dv = step.to(wide)
+    if u.p is None:
+        assert a is not None
+        along, square = (n / mag) * (dv * a.to(wide)).sum(1), dv.square().sum(1)
+    else:
+        p = u.p.q.to(wide)
+        along = (n / mag) * (p * (w @ step.t().to(w.dtype)).to(wide)).sum(1)
+        square = (p * (p @ (dv @ dv.t()))).sum(1)
+    length = (n.square() + 2 * along + square).clamp(min=0).sqrt()
+    length = torch.where(ok, length.clamp(min=torch.finfo(wide).tiny), n)
+    keep = torch.where(ok, new * n / (length * mag), 1.0)
+    b, c = (step, u.q.q.t()) if u.p is None and u.q is not None else (u.p.q, step)  # type: ignore[union-attr]
+    kernels.lift_rows_(w, b, c, keep, new / length, h if u.mag.stochastic else None)
+    state["mag"].copy_(new)
+    n.copy_(length)
+    _refactor(u)
