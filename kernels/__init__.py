@@ -5,7 +5,17 @@ interpreter), "auto" Triton on CUDA and the reference elsewhere. It is an argume
 Imports torch and triton only.
 """
 
-from .dispatch import adam_, adam_direction, choose, cross_entropy_, plan, probe_squares, rescale_, squares
+from .dispatch import (
+    adam_,
+    adam_direction,
+    choose,
+    cross_entropy_,
+    plan,
+    probe_squares,
+    rescale_,
+    rows_,
+    squares,
+)
 from .lift import lift_, lift_rows_
 from .reference import PROBE, QUANT, SECOND, Column, dequantise, load, quantise, save_, stochastic_bf16
 
@@ -26,6 +36,7 @@ __all__ = [
     "probe_squares",
     "quantise",
     "rescale_",
+    "rows_",
     "save_",
     "squares",
     "stochastic_bf16",

@@ -124,6 +124,20 @@ def rescale_(state: State, names: tuple[str, ...], d: Tensor, impl: Impl = "auto
         rescale.launch(state, names, d)
 
 
+def rows_(
+    w: Tensor, product: Tensor, keep: Tensor, factor: Tensor, h: Tensor | None, impl: Impl = "auto"
+) -> None:
+    """reference.rows_, same arguments: the end of a lift with row factors."""
+    wide = {t.dtype for t in (product, keep, factor)}
+    problem = f"{w.dtype} with {wide}" if w.dtype not in FLOATS or wide != {torch.float32} else ""
+    if choose([w, product, keep, factor], impl, FLOATS, problem) == "ref":
+        reference.rows_(w, product, keep, factor, h)
+    else:
+        from . import rows
+
+        rows.launch(w, product, keep, factor, h)
+
+
 def squares(
     tensors: list[Tensor],  # any shapes; not contiguous: (rows, cols) with contiguous rows, for Triton
     dtype: torch.dtype,  # of the sums: fp32 or float64

@@ -5,9 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .reference import Column, stochastic_bf16
-
-APART = 1 << 20  # between the random bits of a weight and those of its moments
+from .dispatch import rows_
 
 
 def lift_(
@@ -46,9 +44,4 @@ def lift_rows_(
         product = torch.mm(a.to(w.dtype), b.to(w.dtype), out_dtype=torch.float32)
     else:
         product = a.to(wide) @ b.to(wide)
-    new = torch.addcmul(w.to(wide) * keep[:, None], product, factor[:, None])
-    if h is not None and w.dtype == torch.bfloat16:
-        flat = stochastic_bf16(new.view(-1), h[Column.T], h[Column.INDEX] + APART)
-        w.copy_(flat.view(w.shape))
-    else:
-        w.copy_(new)
+    rows_(w, product, keep, factor, h)

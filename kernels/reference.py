@@ -17,6 +17,7 @@ QUANT = (
     256  # numbers that share a scale; a block never crosses a row, so any split by rows gives the same codes
 )
 FLOOR = 2.0**-100  # least scale: FLOOR / 255^2, what a code 1 decodes to, is still a normal fp32 number
+APART = 1 << 20  # index of a weight's random bits over that of its moments
 PROBE = 16  # columns of the norm probe that its kernel takes
 SECOND = ("v",)  # state that is never negative: unsigned codes, stochastic rounding in bf16
 
@@ -168,6 +169,20 @@ def rescale_(
     yes = d.new_ones(())
     for name, value in values.items():
         save_(state, name, value, yes, yes, yes)
+
+
+def rows_(
+    w: Tensor,  # (out, in) any float dtype, in place
+    product: Tensor,  # (out, in) wide
+    keep: Tensor,  # (out,) wide
+    factor: Tensor,  # (out,) wide
+    h: Tensor | None,  # (8,) Column: a bf16 w is rounded stochastically by its t and index; None: to nearest
+) -> None:
+    """W <- keep W + factor product, row by row, rounded once."""
+    new = w.to(keep.dtype) * keep[:, None] + product * factor[:, None]
+    if h is not None and w.dtype == torch.bfloat16:
+        new = stochastic_bf16(new.view(-1), h[Column.T], h[Column.INDEX] + APART).view(w.shape)
+    w.copy_(new)
 
 
 def quantise(

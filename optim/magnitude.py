@@ -57,9 +57,10 @@ def init(w: Tensor, factor: bool) -> dict[str, Tensor]:
 
 
 def begin(u: Unit, w: Tensor) -> None:
-    """mag = n = row norms, for weights that have not been trained yet."""
-    for name in ("mag", "n"):
-        u.state[name].copy_(torch.linalg.vector_norm(w, dim=1, dtype=u.state[name].dtype))
+    """mag = n = row norms, for weights that have not been trained yet; n of a row of zeros is not 0."""
+    norms = torch.linalg.vector_norm(w, dim=1, dtype=u.state["mag"].dtype)
+    u.state["mag"].copy_(norms)
+    u.state["n"].copy_(norms.clamp(min=LEAST * w.shape[1] ** 0.5))
 
 
 def resume(u: Unit, w: Tensor) -> None:

@@ -11,7 +11,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from kernels import adam, cross_entropy, norms, rescale
+from kernels import adam, cross_entropy, norms, rescale, rows
 
 CARDS = (80, 86, 89, 90, 120)  # A100, RTX 3090, RTX 4090, H100 and H200, RTX 5090
 SHARED = 101_376  # bytes a program may have on a 3090, 4090 or 5090
@@ -79,6 +79,15 @@ def cases():
         aligned = [n for n in arguments if n != "rows"] if whole else None
         what = f"rescale {'signed' if signed else 'unsigned'} {width} {whole}"
         yield rescale.rescale_kernel, arguments, constants, adam.WARPS, aligned, what
+    for dtype, stochastic, whole in itertools.product(norms.DTYPES, (True, False), (True, False)):
+        arguments = {"w_ptr": f"*{TYPES[dtype]}"}
+        arguments |= dict.fromkeys(("p_ptr", "keep_ptr", "factor_ptr", "row"), "*fp32")
+        arguments |= {"rows": "i32", "cols": "i32"}
+        constants = {"STOCHASTIC": stochastic, "APART": rows.APART, "EVEN": whole}
+        constants |= {"BLOCKS": adam.TILE // rows.LANES, "WIDTH": rows.LANES}
+        aligned = [n for n in arguments if n != "rows"] if whole else None
+        what = f"rows {dtype} {'stochastic' if stochastic else 'nearest'} {whole}"
+        yield rows.rows_kernel, arguments, constants, adam.WARPS, aligned, what
     for dtype, grad in cross_entropy.VARIANTS:
         arguments = {"logits": f"*{TYPES[dtype]}", "labels": "*i64", "nll": "*fp32"}
         arguments |= {"V": "i32", "ignore": "i32"}

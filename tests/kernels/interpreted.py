@@ -7,7 +7,17 @@ import sys
 
 import torch
 
-from kernels import adam_, adam_direction, cross_entropy_, plan, probe_squares, rescale_, save_, squares
+from kernels import (
+    adam_,
+    adam_direction,
+    cross_entropy_,
+    plan,
+    probe_squares,
+    rescale_,
+    rows_,
+    save_,
+    squares,
+)
 from kernels.adam import DIRECTION_VARIANTS, VARIANTS
 from kernels.reference import Column
 from optim import moments
@@ -217,8 +227,30 @@ def rescaled():
     report(worst.verdict() and ok, "rescale", dict(worst))
 
 
+def row_factors(dtype, stochastic):
+    """Factors near and far from one; one row infinite."""
+    worst, g = Worst(), torch.Generator().manual_seed(0)
+    for shape in PROJECTED:
+        w = guarded(torch.randn(shape, generator=g).to(dtype))
+        product, before, h = torch.randn(shape, generator=g) / 100, w.clone(), table_of(1)[0]
+        keep = 1 + torch.randn(shape[0], generator=g) / 1000
+        factor = torch.randn(shape[0], generator=g)
+        product[-1, -1] = float("inf")
+        ref = w.clone()
+        rows_(w, product, keep, factor, h if stochastic else None, impl="triton")
+        rows_(ref, product, keep, factor, h if stochastic else None, impl="ref")
+        same = ref.isfinite()
+        worst.ok &= torch.equal(w.isfinite(), same)
+        worst.compare("v" if stochastic else "w", guarded(w.where(same, 0)), ref.where(same, 0), before)
+        worst.ok &= intact(w)
+    report(worst.verdict(), "rows", dtype, "stochastic" if stochastic else "nearest", dict(worst))
+
+
 failed = False
 rescaled()
+for dtype in (torch.float32, torch.bfloat16):
+    for stochastic in (False, True):
+        row_factors(dtype, stochastic)
 for dtype in (torch.float32, torch.bfloat16):
     for aligned in (True, False):
         norms(dtype, aligned)
