@@ -57,10 +57,16 @@ def init(w: Tensor, factor: bool) -> dict[str, Tensor]:
 
 
 def begin(u: Unit, w: Tensor) -> None:
-    """mag = n = row norms, for weights that have not been trained yet; n of a row of zeros is not 0."""
+    """mag = n = row norms, for weights that have not been trained yet. ValueError for a row of zeros."""
     norms = torch.linalg.vector_norm(w, dim=1, dtype=u.state["mag"].dtype)
-    u.state["mag"].copy_(norms)
-    u.state["n"].copy_(norms.clamp(min=LEAST * w.shape[1] ** 0.5))
+    zeros = int((norms == 0).sum())
+    if zeros:
+        raise ValueError(
+            f"{u.name}: {zeros} of {len(w)} rows are zero; they have no direction and would stay zero under "
+            "gradnormlorp. Initialise them, or choose another method"
+        )
+    for name in ("mag", "n"):
+        u.state[name].copy_(norms)
 
 
 def resume(u: Unit, w: Tensor) -> None:
