@@ -35,8 +35,7 @@ def rows_kernel(
     x = w * keep + tl.load(p_ptr + at, mask=mask, other=0.0) * factor
     if STOCHASTIC:
         noise = _noise(at, tl.load(row + 4), tl.load(row + 5) + APART)
-        noisy = ((x.to(tl.int32, bitcast=True) + noise) & -65536).to(tl.float32, bitcast=True)
-        x = tl.where(tl.abs(x) < float("inf"), noisy, x)
+        x = ((x.to(tl.int32, bitcast=True) + noise) & -65536).to(tl.float32, bitcast=True)
     tl.store(w_ptr + at, x.to(w_ptr.dtype.element_ty), mask=mask)
 
 
