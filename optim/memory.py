@@ -135,6 +135,12 @@ def memory(e: Engine) -> list[str]:
     if e.bases:
         out.append(f"bases     {len(e.bases)}, replaced every {e.every} steps; input:n is one for n weights")
         out.append(f"          grad_norm is estimated without bias from {PROBE} random columns")
+    rates = {(u.mag.rate, u.mag.stochastic) for u in e.units if u.mag}
+    for rate, stochastic in rates:
+        lr = f"{e.param_groups[0]['lr'] * rate:.1e}".replace("e-0", "e-")
+        out.append(f"rows      a magnitude and a direction each; magnitudes by adam, lr {lr}")
+        if stochastic:
+            out.append("          matrices in bf16 are rounded stochastically")
     if e.accum_steps > 1 and not e.bases and e.in_backward:
         whole = sum(u.param.numel() * u.param.element_size() for u in e.units) / GIB
         out.append(f"gradients {whole:.2f} GiB are held over {e.accum_steps} micro-batches")
