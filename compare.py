@@ -4,6 +4,7 @@ twice.
     python compare.py data=FOLDER half_b=FOLDER [out=bench.jsonl] [runs=NAME,NAME] [steps=600] [seeds=0+1]
                       [commit=ID] [beside=3]
     python compare.py plot=curves_60m.png [out=bench.jsonl]
+    python compare.py split=validation.json.xz        writes half_a.json.gz and half_b.json.gz here, by work
 
 FOLDER comes from `python -m data.prepare`; its validation split is half A, on which settings are chosen;
 `half_b` holds half B, which is reported. Each run is one row of the record: settings, loss every 10 steps,
@@ -14,10 +15,13 @@ runs share the card: speeds are left out of the row then.
 
 from __future__ import annotations
 
+import gzip
 import json
+import lzma
 import sys
 import tempfile
 import time
+import zlib
 from pathlib import Path
 from typing import Any
 
@@ -203,11 +207,24 @@ def plot(record: str, to: str) -> None:
     figure.savefig(to, dpi=100)
 
 
+def split(path: str) -> None:
+    """C4-format lines to two files by the crc32 of their url up to '#': neighbouring lines share a work."""
+    opener = {".xz": lzma.open, ".gz": gzip.open}.get(Path(path).suffix, open)
+    with opener(path, "rt", encoding="utf-8") as lines:
+        with gzip.open("half_a.json.gz", "wt") as a, gzip.open("half_b.json.gz", "wt") as b:
+            for line in lines:
+                work = json.loads(line)["url"].split("#")[0]
+                (b if zlib.crc32(work.encode()) % 2 else a).write(line)
+
+
 def main(argv: list[str]) -> int:
     args = dict(a.split("=", 1) for a in argv)
     record = args.get("out", "bench.jsonl")
     if "plot" in args:
         plot(record, args["plot"])
+        return 0
+    if "split" in args:
+        split(args["split"])
         return 0
     if not torch.cuda.is_available():
         print(f"{__doc__}\nThis needs an NVIDIA GPU, and torch sees none here.", file=sys.stderr)
