@@ -34,10 +34,9 @@ from .config import (
 )
 from .engine import Engine, basis_dtype
 from .layer import ProjectedLinear, project
-from .magnitude import Magnitude
 from .methods import METHODS, Method, adam
 from .reduce import Reduce, sum_shards
-from .unit import PROBE, Basis, Unit, local
+from .unit import PROBE, Basis, Magnitude, Unit, local
 
 HEAD = re.compile(r"(^|\.)(\w*head\w*|embed_out|output|classifier|score)$")
 # Names, within one module, of linears that read the same input.

@@ -22,38 +22,15 @@ two drift apart.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import TYPE_CHECKING
-
 import torch
 from torch import Tensor
 
 from . import kernels
-from .rules import Rule
-
-if TYPE_CHECKING:
-    from .unit import Unit
+from .unit import Unit
 
 LEAST = 1e-8  # of |mag| over the root of in_features: what is divided by
 MOMENTS = ("mag_m", "mag_v")
 Column = kernels.Column
-
-
-@dataclass(frozen=True)
-class Magnitude:
-    """How a unit's magnitude is trained."""
-
-    rate: float  # its lr is group lr * rate
-    rule: Rule
-    stochastic: bool  # rounding of bf16 weights
-
-
-def init(w: Tensor, factor: bool) -> dict[str, Tensor]:
-    """State of an untrained weight (rows, in), whose norms `begin` reads: mag, n (rows,), moments of mag."""
-    wide = torch.promote_types(w.dtype, torch.float32)
-    one, zero = w.new_ones(len(w), dtype=wide), w.new_zeros(1, len(w), dtype=wide)
-    state = {"mag": one, "n": one.clone(), "mag_m": zero, "mag_v": zero.clone()}
-    return state | ({"factor": one.clone()} if factor else {})
 
 
 def begin(u: Unit, w: Tensor) -> None:

@@ -23,9 +23,8 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from . import kernels, magnitude, moments, subspace
+from . import kernels, moments, subspace
 from .layer import ProjectedLinear, coordinate
-from .magnitude import Magnitude
 from .rules import Rule
 
 PROBE = kernels.PROBE  # columns of the norm probe: 1.6% of the products of R at r = 1024
@@ -94,6 +93,15 @@ class Basis:
         self.cross.copy_(self._cross())
 
 
+@dataclass(frozen=True)
+class Magnitude:
+    """How a unit's magnitude is trained: magnitude.py."""
+
+    rate: float  # its lr is group lr * rate
+    rule: Rule
+    stochastic: bool  # rounding of bf16 weights
+
+
 @dataclass(eq=False)
 class Unit:
     """One parameter, how it is trained, and the leaves whose gradients autograd hands out for it."""
@@ -151,8 +159,11 @@ class Unit:
         self.state |= moments.init(self.store, self.shape, w.device, wide, self.rule.moments)
         if self.q and self.store == "int8" and self.rule.moments:
             self.state["d"] = torch.ones(self.q.r, device=w.device)
-        if self.mag:
-            self.state |= magnitude.init(w, factor=self.p is not None)
+        if self.mag:  # magnitude.begin sets mag and n
+            ones, row = w.new_ones(len(w), dtype=wide), w.new_zeros(1, len(w), dtype=wide)
+            self.state |= {"mag": ones, "n": ones.clone(), "mag_m": row, "mag_v": row.clone()}
+            if self.p:
+                self.state["factor"] = ones.clone()
 
     def place(self, hook: Callable[[Tensor, int], None]) -> None:
         """Leaves on the weight's device in its dtype, with their hooks; again whenever it has moved."""
