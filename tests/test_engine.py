@@ -217,8 +217,8 @@ def with_coordinates(opt, scale, lr=1e-2):
 
 
 @pytest.mark.parametrize("side", ("input", "output", "both"))
-@kills("optim/layer.py", "left = dy.to(wide) @ p.to(wide)", "left = dy.to(wide) @ p.to(wide).flip(1)")
-@kills("optim/layer.py", "left = dy.to(wide) @ p.to(wide)", "left = -(dy.to(wide) @ p.to(wide))")
+@kills("optim/layer.py", "left = left.to(wide) @ p.to(wide)", "left = left.to(wide) @ p.to(wide).flip(1)")
+@kills("optim/layer.py", "left = left.to(wide) @ p.to(wide)", "left = -(left.to(wide) @ p.to(wide))")
 @kills("optim/scalars.py", "[lr * scale, 1 - lr * decay]", "[lr, 1 - lr * decay]")
 def test_fixed_basis_is_adam_on_coordinates_invariant_5(side, fixed):
     """Between refreshes: torch's Adam on C, W = W_0 + scale C Q^T, is the same training."""

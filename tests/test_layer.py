@@ -73,7 +73,7 @@ def test_gradients_are_those_of_the_products_invariant_46(side):
     "z = dy.to(probed.dtype).t() @ probed",
     "z = dy.to(probed.dtype).t() @ probed / max(len(dy), 1)",
 )
-@kills("optim/layer.py", "left = dy.to(wide) @ p.to(wide)", "left = dy.to(wide).abs() @ p.to(wide)")
+@kills("optim/layer.py", "left = left.to(wide) @ p.to(wide)", "left = left.to(wide).abs() @ p.to(wide)")
 @settings(max_examples=40, deadline=None)
 @given(
     side=st.sampled_from(SIDES),
@@ -223,7 +223,7 @@ def saved_bytes(lin, x):
     return sum(found.values())
 
 
-@kills("optim/layer.py", "ctx.save_for_backward(kept, w, p)", "ctx.save_for_backward(kept, w, p, x)")
+@kills("optim/layer.py", "None if mag is None else y, factor)", "y, factor)")
 def test_saves_the_compressed_input_only():
     lin, opt = layer(bias=False, n=256, out=16)
     x = torch.randn(64, 256)

@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.mutants import mutants
+
 ROOT = Path(__file__).parents[1]
 PACKAGES = ("configs", "data", "kernels", "llama", "optim")
 FILES = [path for package in PACKAGES for path in sorted((ROOT / package).rglob("*.py"))]
@@ -102,3 +104,10 @@ def test_every_package_folder_is_in_the_wheel() -> None:
     }
     assert tool["package-dir"] == {f"subspan.{folder.replace('/', '.')}": folder for folder in folders}
     assert set(tool["packages"]) == set(tool["package-dir"])
+
+
+def test_every_mutant_names_one_place_in_the_source() -> None:
+    """`make mutants` takes half an hour; that its changes still fit is seen here."""
+    found = [m for path in sorted((ROOT / "tests").glob("test_*.py")) for m in mutants(path)]
+    lost = [(m.test, m.old) for m in found if (ROOT / m.file).read_text().count(m.old) != 1]
+    assert len(found) > 200 and not lost
