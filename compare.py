@@ -43,6 +43,7 @@ LRS = {
     "galore": (5e-3, 1e-2, 2e-2),
     "galore_8bit": (5e-3, 1e-2, 2e-2),
     "galore_torch": (5e-3, 1e-2, 2e-2),
+    "gradnormlorp_8bit": (5e-3, 1e-2, 2e-2),
 }
 MORE = {"adamw": ["optim.beta2=0.95"], "adamw_8bit": ["optim.beta2=0.95"]}
 # name -> (method, overrides)
@@ -187,12 +188,17 @@ def plot(record: str, to: str) -> None:
     def rate(r: dict[str, Any]) -> float:
         return float(r["run"].split("lr=")[-1])
 
-    figure, grid = plt.subplots(2, 3, figsize=(13, 7.5), layout="constrained", sharex=True, sharey=True)
-    panels = [(f"{m}: perplexity on half A", sorted(families[m], key=rate), "a") for m in LRS]
-    panels.append(
-        ("best of each on A: perplexity on B", sorted(best.values(), key=lambda r: r["val_ppl_b"]), "b")
+    measured = [m for m in LRS if m in families]
+    panels = [(f"{m}: perplexity on half A", sorted(families[m], key=rate), "a") for m in measured]
+    ranked = sorted(best.values(), key=lambda r: r["val_ppl_b"])
+    panels.append(("best of each on A: perplexity on B", ranked, "b"))
+    down = -(-len(panels) // 3)
+    figure, grid = plt.subplots(
+        down, 3, figsize=(13, 3.75 * down), layout="constrained", sharex=True, sharey=True, squeeze=False
     )
-    for axes, (title, rows, half) in zip(grid.flat, panels, strict=True):
+    for axes in list(grid.flat)[len(panels) :]:
+        axes.set_visible(False)
+    for axes, (title, rows, half) in zip(grid.flat, panels, strict=False):
         for r in rows:
             steps = [EVERY * (n + 1) for n in range(len(r["losses"]))]
             around = [r["losses"][max(0, n - 2) : n + 3] for n in range(len(steps))]
