@@ -72,9 +72,7 @@ class Ours:
         ).resolved()
         self.run = Run(cfg, Comm.from_env(), Path(self.scratch.name), None)
         self.done = 0
-        self.ends: list[
-            tuple[bool, torch.cuda.Event]
-        ] = []  # of steps: whether bases were found, when it ended
+        self.ends: list[tuple[bool, torch.cuda.Event]] = []  # of steps; whether bases were found in it
 
     def steps(self, n: int) -> None:
         for _ in range(n):
@@ -232,7 +230,7 @@ def profile(model: str, folder: str, method: str) -> None:
         side.steps(12)
         torch.cuda.synchronize()
     table = seen.key_averages().table(sort_by="self_cuda_time_total", row_limit=30, max_name_column_width=70)
-    print("\n".join(line[:70] + line[-75:] for line in table.splitlines()))
+    print("\n".join(line[:70] + line[145:][-75:] for line in table.splitlines()))
     events = seen.events() or []
     cuda = torch.autograd.DeviceType.CUDA
     busy = sorted((e.time_range.start, e.time_range.end) for e in events if e.device_type == cuda)

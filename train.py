@@ -66,14 +66,17 @@ class Run:
         if cfg.model.init_from and not source:
             pretrained.load_weights(self.model, Path(cfg.model.init_from))
         torch.manual_seed(cfg.seed)  # the first bases of projected methods
-        self.opt = optim.attach(
-            self.model,
-            cfg.optim.name,
-            accum_steps=cfg.accumulation(comm.world),
-            group=comm.group,
-            reduce="sum" if comm.group else None,
-            **{k: v for k, v in vars(cfg.optim).items() if k != "name"},
-        )
+        try:
+            self.opt = optim.attach(
+                self.model,
+                cfg.optim.name,
+                accum_steps=cfg.accumulation(comm.world),
+                group=comm.group,
+                reduce="sum" if comm.group else None,
+                **{k: v for k, v in vars(cfg.optim).items() if k != "name"},
+            )
+        except ValueError as e:  # what only the model shows: a rank that no matrix exceeds
+            raise ConfigError([f"optim.{line}" for line in str(e).splitlines()]) from e
         self.opt.warmup_steps = round(cfg.optim.warmup * self.steps)
         saved = self.restore(source) if source else {}
         self.start = saved.get("step", 0)

@@ -81,7 +81,6 @@ Exit codes: 0 done or saved on a signal, 2 bad configuration,
             3 training stopped (non-finite, limits), 4 out of memory"""
 
 MAGNITUDE = {
-    "optim.refresh_every": "as above",
     "optim.mag_scale": "magnitudes run at lr * mag_scale",
     "optim.rounding": "of bf16 matrices: stochastic or nearest",
 }

@@ -32,8 +32,7 @@ def lift_rows_(
     b: Tensor,  # (r, in)
     keep: Tensor,  # (out,) wide
     factor: Tensor,  # (out,) wide, of a b
-    h: Tensor
-    | None,  # the parameter's row of the table: a bf16 w is rounded stochastically by its t and index
+    h: Tensor | None,  # (8,) Column: a bf16 w is rounded stochastically by its t and index; None: to nearest
 ) -> None:
     """W <- keep W + factor (a b), row by row, summed wide, rounded once.
 

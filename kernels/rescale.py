@@ -1,7 +1,6 @@
 """8-bit moments under a new column scale, in one pass over codes and block scales: reference.rescale_.
 
-Four bytes a number and both moments read and written; in plain torch some forty passes in fp32, 2 ms for the
-three weights of a 7B basis.
+Both moments of 11008 x 1024 take 0.10 ms on an H200; in plain torch, some forty passes in fp32, 1.04 ms.
 """
 
 from __future__ import annotations

@@ -222,6 +222,8 @@ def give_bases(model: nn.Module, units: list[Unit], cfg: ProjectedConfig) -> lis
         if side != "input":
             for u in members:
                 u.p = basis("output", [u], 0 if side == "both" else PROBE)
+    if cfg.transport != "auto" and not any(u.rule.moments for u in matrices):
+        raise ValueError(f"transport={cfg.transport}: {cfg.name} keeps no moments in a basis; leave it out")
     if isinstance(cfg, MagnitudeConfig):
         how = Magnitude(cfg.mag_scale, adam(cfg), cfg.rounding == "stochastic")
         for u in (u for u in units if u.projected):

@@ -141,7 +141,6 @@ class MagnitudeConfig(ProjectedConfig):
 
     mag_scale: float = 0.25  # the magnitudes run at lr * mag_scale
     rounding: str = "stochastic"  # of bf16 matrices: stochastic | nearest
-    refresh_every: int | None = 250
 
     CHOICES: ClassVar[dict[str, tuple[str, ...]]] = ProjectedConfig.CHOICES | {
         "side": ("input", "output", "paper", "long"),  # of both, P and the row factors do not commute

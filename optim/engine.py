@@ -136,7 +136,7 @@ class Engine(torch.optim.Optimizer):
             self._prepare()
         if not self._forwards and not self.updates:
             for u in self.units:
-                if u.mag and u.projected:
+                if u.mag:
                     magnitude.begin(u, local(u.param))
         self._forwards += 1
         self._form_g()  # blocks may have been compiled since the step was prepared
@@ -255,8 +255,6 @@ class Engine(torch.optim.Optimizer):
                 for m, anew in self.refresher.replace_(b, [self._held[m.index] for m in b.units]):
                     if anew:
                         self.scalars.start_anew(m)
-                        for name in magnitude.MOMENTS if m.mag else ():  # it shares the count of updates
-                            m.state[name].zero_()
                 b.due = False
         for m in dict.fromkeys(m for b in u.bases for m in b.units):
             if m.index in self._held and not any(b.due for b in m.bases):
@@ -268,8 +266,8 @@ class Engine(torch.optim.Optimizer):
         self._landed.append(Landed(kind, u, r, rest, s, a))
         # The same on every rank, however its rows are cut: a flush exchanges sums.
         rows = self.reduce.rows(u) if u.sharded else r.shape[0] if r.ndim else 1
-        bytes_of_r = rows * math.prod(r.shape[1:]) * r.element_size()
-        self._waiting += HELD if kind == "whole" else bytes_of_r  # nobody waits with a whole gradient
+        size = rows * math.prod(r.shape[1:]) * r.element_size() * (1 if a is None else 2)
+        self._waiting += HELD if kind == "whole" else size  # nobody waits with a whole gradient
 
     def _flush(self) -> None:
         """Clip, rule and weight update of everything that has landed; dense units of one rule go together."""

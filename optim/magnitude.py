@@ -29,7 +29,7 @@ from . import kernels
 from .unit import Unit
 
 LEAST = 1e-8  # of |mag| over the root of in_features: what is divided by
-MOMENTS = ("mag_m", "mag_v")
+ROWS = 1024  # of G are cast at a time
 Column = kernels.Column
 
 
@@ -51,6 +51,12 @@ def resume(u: Unit, w: Tensor) -> None:
     norms = torch.linalg.vector_norm(w, dim=1, dtype=u.state["mag"].dtype)
     u.state["mag"].copy_(torch.where(u.state["mag"] < 0, -norms, norms))
     _refactor(u)
+
+
+def restart(u: Unit) -> None:
+    """The moments of mag begin anew with those of the direction: they share the count of updates."""
+    u.state["mag_m"].zero_()
+    u.state["mag_v"].zero_()
 
 
 def _divisor(u: Unit, w: Tensor) -> Tensor:
@@ -81,8 +87,8 @@ def direction_of_(u: Unit, w: Tensor, g: Tensor) -> Tensor:
     """A whole gradient G (rows, in) becomes D in place; s (rows,)."""
     mag, n = _divisor(u, w), u.state["n"]
     s = g.new_empty(len(g), dtype=mag.dtype)
-    for rows in torch.arange(len(g)).split(1024):  # wide copies of 1024 rows at a time
-        at = slice(int(rows[0]), int(rows[-1]) + 1)
+    for start in range(0, len(g), ROWS):
+        at = slice(start, start + ROWS)
         part, own = g[at].to(mag.dtype), w[at].to(mag.dtype)
         s[at] = (part * own).sum(1) / mag[at]
         g[at] = ((mag[at] / n[at])[:, None] * (part - (s[at] / mag[at])[:, None] * own)).to(g.dtype)
@@ -106,17 +112,17 @@ def step_(
     new = torch.where(ok, h[Column.KEEP], 1.0) * state["mag"] + moved
     dv = step.to(wide)
     if u.p is None:
-        assert a is not None
+        assert a is not None and u.q is not None
+        left, right = step, u.q.q.t()
         along, square = (n / mag) * (dv * a.to(wide)).sum(1), dv.square().sum(1)
     else:
-        p = u.p.q.to(wide)
+        left, right, p = u.p.q, step, u.p.q.to(wide)
         along = (n / mag) * (p * (w @ step.t().to(w.dtype)).to(wide)).sum(1)
         square = (p * (p @ (dv @ dv.t()))).sum(1)
     length = (n.square() + 2 * along + square).clamp(min=0).sqrt()
     length = torch.where(ok, length.clamp(min=torch.finfo(wide).tiny), n)
     keep = torch.where(ok, new * n / (length * mag), 1.0)
-    b, c = (step, u.q.q.t()) if u.p is None and u.q is not None else (u.p.q, step)  # type: ignore[union-attr]
-    kernels.lift_rows_(w, b, c, keep, new / length, h if u.mag.stochastic else None)
+    kernels.lift_rows_(w, left, right, keep, new / length, h if u.mag.stochastic else None)
     state["mag"].copy_(new)
     n.copy_(length)
     _refactor(u)

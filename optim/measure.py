@@ -24,7 +24,9 @@ class Landed(NamedTuple):
 
 
 def squares(batch: list[Landed], dtype: torch.dtype) -> Iterator[tuple[list[Unit], Tensor]]:
-    """Units of one kind, and (n, 2) of `dtype`: captured ||R||^2, and ||G||^2, exact where G is known."""
+    """Units of one kind, and (n, 2) of `dtype`: captured ||R||^2, and ||G||^2, exact where G is known.
+
+    Of a weight with a magnitude both are of the direction's gradient, and hold the magnitude's besides."""
     for kind in ("dense", "probed", "whole"):
         for own in (True, False):  # with a basis of rows alone, or none: one kernel reads R once
             some = [x for x in batch if x.kind == kind and (x.unit.p is None) == own]
@@ -44,8 +46,8 @@ def squares(batch: list[Landed], dtype: torch.dtype) -> Iterator[tuple[list[Unit
                     rests = [x.unit.outside(x.r, x.rest) for x in some]
                     captured, rest = kernels.squares([*rs, *rests], dtype).view(2, -1)
                 estimate = captured + rest / PROBE
-            more = [x.s for x in some if x.s is not None]
-            if more:  # all of a kind or none
-                own_squares = kernels.squares(more, dtype)
-                captured, estimate = captured + own_squares, estimate + own_squares
+            sums = [x.s for x in some if x.s is not None]  # of all these units or of none
+            if sums:
+                more = kernels.squares(sums, dtype)
+                captured, estimate = captured + more, estimate + more
             yield units, torch.stack([captured, estimate], 1)

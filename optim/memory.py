@@ -47,10 +47,9 @@ def entries(e: Engine) -> list[Entry]:
         for kind, numel, dtype in state_of(u):
             add(kind, numel, dtype)
         if u.projected:
-            add(
-                "coordinates", len(u.leaves) + 1 - bool(u.mag), w.dtype
-            )  # one element each, whatever their shape
-            add("coordinates", int(bool(u.mag)), wide_of(u))
+            wider = 1 if u.mag else 0  # coordinates are one element each, whatever their shape
+            add("coordinates", len(u.leaves) + 1 - wider, w.dtype)
+            add("coordinates", wider, wide_of(u))
     for b in e.bases:
         add("bases", b.n * b.r, b.qs.dtype)
         add("probe S", b.n * b.k, b.qs.dtype)

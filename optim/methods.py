@@ -32,7 +32,7 @@ METHODS = {
     "adamw_8bit": Method(adam, OptimConfig, {"moments": "int8"}),
     "galore": Method(adam, ProjectedConfig),
     "galore_8bit": Method(adam, ProjectedConfig, {"moments": "int8"}),
-    "gradnormlorp": Method(adam, MagnitudeConfig),
-    "gradnormlorp_8bit": Method(adam, MagnitudeConfig, {"moments": "int8"}),
+    "gradnormlorp": Method(adam, MagnitudeConfig, {"refresh_every": 250}),
+    "gradnormlorp_8bit": Method(adam, MagnitudeConfig, {"refresh_every": 250, "moments": "int8"}),
     "galore_sgd": Method(lambda cfg: Sgd(), ProjectedConfig, {"scale": 50.0}),
 }

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 from torch._dynamo.eval_frame import OptimizedModule
 
-from . import kernels, moments, subspace
+from . import kernels, magnitude, moments, subspace
 from .reduce import Reduce
 from .unit import Basis, Unit
 
@@ -90,6 +90,8 @@ class Refresher:
 
     def _carry(self, u: Unit, b: Basis, g: Tensor, c: Tensor, policy: str) -> None:
         """Moments into the new basis; for 8-bit ones the column scale of R = G Q_new."""
+        if policy == "reset" and u.mag:
+            magnitude.restart(u)
         d = self._column_scale(u, u.coordinates(g)) if "d" in u.state and b.side == "input" else None
         if policy == "keep":
             if d is not None:

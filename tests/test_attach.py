@@ -383,11 +383,19 @@ def test_a_rank_that_saves_nothing_leaves_the_matrix_dense_and_the_table_says_so
         (lambda: nn.Embedding(4, 4), "galore", {}, "no"),
         (lambda: nn.Sequential(nn.LayerNorm(4)), "galore", {}, "none"),
         (Tiny, "galore", {"reduce": "sum"}, "process group"),
+        (
+            Tiny,
+            "galore_sgd",
+            {"transport": "rotate", "rank": 4},
+            "transport=rotate: galore_sgd.*leave it out",
+        ),
     ],
 )
 def test_attach_refuses_what_it_cannot_do(make, method, settings, says):
+    model = make()
     with pytest.raises(ValueError, match=says):
-        attach(make(), method, **settings)
+        attach(model, method, **settings)
+    assert not any(isinstance(m, ProjectedLinear) for m in model.modules())
 
 
 def test_a_second_optimizer_on_one_model_is_refused():

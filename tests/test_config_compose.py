@@ -206,6 +206,10 @@ def test_methods_are_the_group_files() -> None:
         assert isinstance(cfg.optim, ProjectedConfig) == (name not in ("adamw", "adamw_8bit"))
         assert cfg.run.name == f"llama_60m_{name}_0"
         assert cfg.check() == []
+    every = [
+        parse(["optim=gradnormlorp", *more]).resolved().optim for more in ([], ["optim.refresh_every=null"])
+    ]
+    assert [cfg.refresh_every for cfg in every] == [250, 200]
     scales = [parse([f"optim={name}"]).optim.scale for name in ("adamw", "galore", "galore_sgd")]
     assert scales == [1.0, 0.25, 50.0]
 

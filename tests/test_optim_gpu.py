@@ -55,7 +55,7 @@ def test_dense_update_equals_the_reference(dtype, moments):
 @pytest.mark.parametrize("side", ["input", "output", "both"])
 def test_a_method_trains_alike_on_both_devices(method, side):
     if "rank" in keys(method) and side not in METHODS[method].config.CHOICES["side"]:
-        pytest.skip("no such side")
+        pytest.skip(f"{method} has no side={side}")
     settings = keys(method) | ({"side": side, "eps": 1e-5} if "rank" in keys(method) else {})
     cpu = Tiny(dtype=torch.float32)
     gpu = copy.deepcopy(cpu).cuda()

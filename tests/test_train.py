@@ -237,6 +237,19 @@ def test_init_from_takes_weights_and_shapes(whole, command, tmp_path):
     assert rows(tmp_path / "r")[0]["val_loss"] == pytest.approx(rows(whole)[-1]["val_loss"], rel=1e-6)
 
 
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        (["optim=galore", "optim.rank=4000"], "optim.rank=4000: no matrix is wider"),
+        (["optim=galore_sgd", "optim.transport=reset"], "optim.transport=reset: galore_sgd keeps no moments"),
+    ],
+)
+def test_what_only_the_model_shows_is_a_bad_configuration(whole, command, capsys, changes, says):
+    args = command(whole.parent, "run.name=refused", f"data.tokenizer={whole}/tokenizer.model", *changes)
+    assert train.main(args) == 2
+    assert says in capsys.readouterr().err
+
+
 def test_two_ranks_report_a_bad_setting_once(whole, command):
     cases = (("tokens_per_step=192", "2 ranks"), ("model.vocab_size=300", "384"), ("steps=-3", "outside"))
     for change, says in cases:
