@@ -1,12 +1,14 @@
 """Speed and memory on one GPU, ours beside peers: same shapes, data, batch and dtype, in one run on one card.
 
     python bench.py [data=FOLDER] [out=bench.jsonl] [cases=llama_60m,llama_1b] [pairs=5] [loader=GLOB]
-                    [optim=galore_8bit] [commit=ID]
+                    [optim=galore_8bit,...] [tokens=N] [commit=ID]
     python bench.py profile=yes [optim=galore_8bit] [cases=llama_1b] [data=FOLDER]    where the time goes
+    python bench.py limit=23.4 KEY=VALUE ...    train.py in a process that cannot pass so many GiB
 
-With optim=METHOD that method stands beside our own adamw (moments bf16) instead of adamw beside transformers,
-at llama_60m, llama_1b and llama_7b; bases are replaced every 200 steps, and the first round is in the timed
-blocks: in it 128 of 200 steps at 7b replace a basis.
+With optim=METHOD,... those stand beside our own adamw (moments bf16), all in one process, instead of adamw
+beside transformers, at llama_60m, llama_1b and llama_7b; bases are replaced every 200 steps, and the first
+round is in the timed blocks: in it 128 of 200 steps at 7b replace a basis. `tokens`: of a step, in one
+micro-batch.
 
 FOLDER comes from `python -m data.prepare`; without one the bundled sample is prepared. Each row of the record
 is one JSON object: what, sizes, GPU, versions, commit, numbers. Ours is `train.Run` itself: loader, logging
@@ -157,26 +159,30 @@ def compare(model: str, folder: str, moments: str, pairs: int) -> dict[str, Any]
     }
     peer = "bitsandbytes AdamW 32-bit" if moments == "fp32" else "torch fused AdamW"
     what = f"{model} adamw, {tokens} tokens a step, moments {moments}"
-    return {"what": what, "peer": f"transformers, torch.compile, {peer}", **alternate(makers, tokens, pairs)}
+    (row,) = alternate(makers, tokens, pairs)
+    return {"what": what, "peer": f"transformers, torch.compile, {peer}", **row}
 
 
-def compare_methods(model: str, folder: str, method: str, pairs: int) -> dict[str, Any]:
-    """A method beside our adamw with bf16 moments."""
-    tokens, micro = CASES[model]
-    more = (f"optim={method}", "optim.refresh_every=200")
-    makers = {
-        "ours": lambda: Ours(model, tokens, micro, folder, "int8", overrides=more),
-        "peer": lambda: Ours(model, tokens, micro, folder, "bf16"),
-    }
-    row = {"what": f"{model} {method}, {tokens} tokens a step", "peer": "our adamw, moments bf16"}
-    return row | alternate(makers, tokens, pairs) | {
-        "refresh_every": 200, "side": "input", "share": True, "bases": "bf16", "checkpoint": 0,
-        "embed_moments": "int8",
-    }  # fmt: skip
+def compare_methods(
+    model: str, folder: str, methods: str, pairs: int, tokens: int | None
+) -> list[dict[str, Any]]:
+    """Methods beside our adamw with bf16 moments: a row each."""
+    step, micro = (tokens, tokens // 256) if tokens else CASES[model]
+    makers: dict[str, Any] = {}
+    for name in methods.split(","):
+        more = (f"optim={name}", "optim.refresh_every=200")
+        makers[name] = lambda more=more: Ours(model, step, micro, folder, "int8", overrides=more)
+    makers["peer"] = lambda: Ours(model, step, micro, folder, "bf16")
+    rows = alternate(makers, step, pairs)
+    return [
+        {"what": f"{model} {name}, {step} tokens a step", "peer": "our adamw, moments bf16", **row}
+        | {"refresh_every": 200, "bases": "bf16", "checkpoint": 0, "embed_moments": "int8"}
+        for name, row in zip(makers, rows, strict=False)
+    ]
 
 
-def alternate(makers: dict[str, Any], tokens: int, pairs: int) -> dict[str, Any]:
-    """Both sides in turn: medians of their blocks, and of each pair the ratio."""
+def alternate(makers: dict[str, Any], tokens: int, pairs: int) -> list[dict[str, Any]]:
+    """All sides in turn: medians of their blocks, and of each pair the ratio. A row for each but the peer."""
     sides: dict[str, Any] = {}
     peaks, static, counts = {}, {}, {}
     for name, make in makers.items():
@@ -192,27 +198,47 @@ def alternate(makers: dict[str, Any], tokens: int, pairs: int) -> dict[str, Any]
     for _ in range(pairs):
         for name, side in sides.items():
             times[name].append(timed(side, counts[name]))
-    row: dict[str, Any] = {}
-    opt = getattr(getattr(sides["ours"], "run", None), "opt", None)
-    if opt is not None and opt.bases:
-        row |= {"bases_found": list(opt.first_round), **sides["ours"].refreshes()}
+    rows = []
+    for name in [name for name in sides if name != "peer"]:
+        row: dict[str, Any] = {}
+        opt = getattr(getattr(sides[name], "run", None), "opt", None)
+        if opt is not None and opt.bases:
+            row |= {"bases_found": list(opt.first_round), **sides[name].refreshes()}
+        rows.append(row | {
+            "tokens_per_s": round(tokens / median(times[name])),
+            "peer_tokens_per_s": round(tokens / median(times["peer"])),
+            "ratio": round(median(p / o for o, p in zip(times[name], times["peer"], strict=True)), 4),
+            "peak_gib": round(peaks[name], 2),
+            "peer_peak_gib": round(peaks["peer"], 2),
+            "static_gib": round(static[name], 2),
+            "peer_static_gib": round(static["peer"], 2),
+            "ms": [round(1e3 * t, 2) for t in times[name]],
+            "peer_ms": [round(1e3 * t, 2) for t in times["peer"]],
+            "sequence": 256,
+            "micro_batches": 1,
+            "weights": "bf16",
+        })  # fmt: skip
     for side in sides.values():
         side.close()
-    rate = {name: tokens / median(t) for name, t in times.items()}
-    return row | {
-        "tokens_per_s": round(rate["ours"]),
-        "peer_tokens_per_s": round(rate["peer"]),
-        "ratio": round(median(p / o for o, p in zip(times["ours"], times["peer"], strict=True)), 4),
-        "peak_gib": round(peaks["ours"], 2),
-        "peer_peak_gib": round(peaks["peer"], 2),
-        "static_gib": round(static["ours"], 2),
-        "peer_static_gib": round(static["peer"], 2),
-        "ms": [round(1e3 * t, 2) for t in times["ours"]],
-        "peer_ms": [round(1e3 * t, 2) for t in times["peer"]],
-        "sequence": 256,
-        "micro_batches": 1,
-        "weights": "bf16",
-    }
+    return rows
+
+
+def limited(gib: float, argv: list[str]) -> int:
+    """train.py with everything of this process, the CUDA context included, held below so many GiB."""
+    import train
+
+    free, total = torch.cuda.mem_get_info()
+    context = total - free
+    torch.cuda.set_per_process_memory_fraction((gib * 2**30 - context) / total)
+    code = train.main(argv)
+    most = torch.cuda.max_memory_reserved() + total - torch.cuda.mem_get_info()[0]
+    most -= torch.cuda.memory_reserved()
+    print(
+        f"exit {code}; most held: {torch.cuda.max_memory_allocated() / 2**30:.2f} GiB in tensors, "
+        f"{torch.cuda.max_memory_reserved() / 2**30:.2f} by the allocator, {most / 2**30:.2f} with the "
+        f"context ({context / 2**30:.2f} at its start); limit {gib}"
+    )
+    return code
 
 
 def profile(model: str, folder: str, method: str) -> None:
@@ -283,6 +309,8 @@ def facts(commit: str | None) -> dict[str, Any]:
 
 def main(argv: list[str]) -> int:
     args = dict(a.split("=", 1) for a in argv)
+    if "limit" in args and torch.cuda.is_available():
+        return limited(float(args["limit"]), [a for a in argv if not a.startswith("limit=")])
     if not torch.cuda.is_available():
         print(f"{__doc__}\nThis needs an NVIDIA GPU, and torch sees none here.", file=sys.stderr)
         return 2
@@ -292,14 +320,15 @@ def main(argv: list[str]) -> int:
         args["data"] = "runs/bench_tokens"
         if not Path(args["data"], "meta.json").exists():
             prepare(data.DataConfig(name="sample"), Path(args["data"]), vocab_size=32_000)
-    jobs: list[Callable[[], dict[str, Any]]] = []
+    jobs: list[Callable[[], Any]] = []  # a row or several
+    tokens = int(args["tokens"]) if "tokens" in args else None
     pairs = int(args.get("pairs", 5))
     for model in args.get("cases", ",".join(CASES) if "optim" in args else DENSE).split(","):
         if "profile" in args:
             profile(model, args["data"], args.get("optim", "adamw"))
             continue
         if "optim" in args:
-            jobs.append(lambda m=model: compare_methods(m, args["data"], args["optim"], pairs))
+            jobs.append(lambda m=model: compare_methods(m, args["data"], args["optim"], pairs, tokens))
             continue
         for moments in ("fp32", "bf16"):
             jobs.append(lambda m=model, s=moments: compare(m, args["data"], s, pairs))
@@ -315,9 +344,10 @@ def main(argv: list[str]) -> int:
     rows = []
     with open(args.get("out", "bench.jsonl"), "a", encoding="utf-8") as record:
         for job in jobs:
-            row = {**job(), **facts(args.get("commit"))}
-            rows.append(row)
-            record.write(json.dumps(row) + "\n")
+            got = job()
+            for row in got if isinstance(got, list) else [got]:
+                rows.append({**row, **facts(args.get("commit"))})
+                record.write(json.dumps(rows[-1]) + "\n")
             record.flush()
             torch.cuda.empty_cache()
     for row in rows:

@@ -3,7 +3,8 @@ twice.
 
     python compare.py data=FOLDER half_b=FOLDER [out=bench.jsonl] [runs=NAME,NAME] [steps=600] [seeds=0+1]
                       [commit=ID] [beside=3]
-    python compare.py plot=curves_60m.png [out=bench.jsonl]
+    python compare.py plot=curves_60m.png [methods=NAME,NAME] [out=bench.jsonl]
+    python compare.py rows=yes data=FOLDER [out=bench.jsonl] [commit=ID]     rows of bf16 weights, see drift()
     python compare.py split=validation.json.xz        writes half_a.json.gz and half_b.json.gz here, by work
 
 FOLDER comes from `python -m data.prepare`; its validation split is half A, on which settings are chosen;
@@ -43,12 +44,33 @@ LRS = {
     "galore": (5e-3, 1e-2, 2e-2),
     "galore_8bit": (5e-3, 1e-2, 2e-2),
     "galore_torch": (5e-3, 1e-2, 2e-2),
+    "gradnormlorp": (5e-3, 1e-2, 2e-2),
     "gradnormlorp_8bit": (5e-3, 1e-2, 2e-2),
+    "gradnormlorp_adapter_8bit": (5e-3, 1e-2, 2e-2),
 }
+# Methods that also run with their matrices at twice the rate.
+TWICE = ("galore_8bit", "gradnormlorp", "gradnormlorp_8bit", "gradnormlorp_adapter_8bit")
 MORE = {"adamw": ["optim.beta2=0.95"], "adamw_8bit": ["optim.beta2=0.95"]}
 # name -> (method, overrides)
 RUNS: dict[str, tuple[str, list[str]]] = {
     f"{m} lr={lr:g}": (m, [f"optim.lr={lr}", *MORE.get(m, [])]) for m, lrs in LRS.items() for lr in lrs
+}
+RUNS |= {
+    f"{m} lr={lr:g} scale=0.5": (m, [f"optim.lr={lr}", "optim.scale=0.5"]) for m in TWICE for lr in LRS[m]
+}
+ADAPTER = "gradnormlorp_adapter_8bit"
+RUNS |= {
+    f"{m} lr=0.01 {' '.join(more)}": (m, ["optim.lr=0.01", *(f"optim.{x}" for x in more)])
+    for m, more in (
+        ("gradnormlorp_8bit", ["rounding=nearest"]),
+        ("gradnormlorp_8bit", ["mag_scale=1"]),
+        (ADAPTER, ["normalize=false"]),
+        (ADAPTER, ["project=false"]),
+        (ADAPTER, ["merge_every=0"]),
+        (ADAPTER, ["detach_norm=true"]),
+        (ADAPTER, ["finder=svd"]),
+        (ADAPTER, ["core_rank=32"]),
+    )
 }
 RUNS |= {
     "adamw lr=0.008 scale=0.125": ("adamw", ["optim.lr=8e-3", "optim.scale=0.125", "optim.beta2=0.95"]),
@@ -171,8 +193,9 @@ def family(run: str) -> str:
     return " ".join([name, *rest.split(" ")[1:]])
 
 
-def plot(record: str, to: str) -> None:
-    """A panel with the learning rates of each method, and one with the best run of every family."""
+def plot(record: str, to: str, methods: str | None) -> None:
+    """A panel with the learning rates of each family that has several, and one with the best of every
+    family."""
     import matplotlib
 
     matplotlib.use("agg")
@@ -181,15 +204,19 @@ def plot(record: str, to: str) -> None:
     families: dict[str, list[dict[str, Any]]] = {}
     for line in open(record, encoding="utf-8"):
         r = json.loads(line)
-        if "losses" in r and r["seed"] == 0:
+        name = r.get("run", "").partition(" ")[0]
+        if "losses" in r and r["seed"] == 0 and (methods is None or name in methods.split(",")):
             families.setdefault(family(r["run"]), []).append(r)
     best = {name: min(rows, key=lambda r: r["val_ppl_a"]) for name, rows in families.items()}
 
-    def rate(r: dict[str, Any]) -> float:
-        return float(r["run"].split("lr=")[-1])
+    def rate(r: dict[str, Any]) -> str:
+        return r["run"].split("lr=")[-1].split(" ")[0]
 
-    measured = [m for m in LRS if m in families]
-    panels = [(f"{m}: perplexity on half A", sorted(families[m], key=rate), "a") for m in measured]
+    panels = [
+        (f"{name}: perplexity on half A", sorted(rows, key=lambda r: float(rate(r))), "a")
+        for name, rows in sorted(families.items())
+        if len(rows) > 1
+    ]
     ranked = sorted(best.values(), key=lambda r: r["val_ppl_b"])
     panels.append(("best of each on A: perplexity on B", ranked, "b"))
     down = -(-len(panels) // 3)
@@ -202,15 +229,52 @@ def plot(record: str, to: str) -> None:
         for r in rows:
             steps = [EVERY * (n + 1) for n in range(len(r["losses"]))]
             around = [r["losses"][max(0, n - 2) : n + 3] for n in range(len(steps))]
-            label = r["run"] if half == "b" else r["run"].split("lr=")[-1]
+            label = r["run"] if half == "b" else rate(r)
             line = {"label": f"{label}: {r[f'val_ppl_{half}']:.1f}", "linewidth": 1.2}
             axes.plot(steps, [sum(x) / len(x) for x in around], **line)
         axes.set(title=title, ylim=(4.0, 6.5))
-        axes.legend(fontsize=8)
+        axes.title.set_fontsize(10)
+        axes.legend(fontsize=8 if len(rows) < 9 else 6)
         axes.grid(alpha=0.3)
     figure.supxlabel(f"step of {TOKENS:,} tokens, 39.3 M in all, none seen twice")
     figure.supylabel("training loss (nats), mean over 50 steps")
     figure.savefig(to, dpi=100)
+
+
+def drift(args: dict[str, str]) -> None:
+    """How far the rows of bf16 weights end from their magnitudes, after 2,000 steps of 16,384 tokens."""
+    for name, more in (
+        ("gradnormlorp_8bit", []),
+        ("gradnormlorp_8bit", ["optim.rounding=nearest"]),
+        ("gradnormlorp_adapter_8bit", []),
+        ("gradnormlorp_adapter_8bit", ["optim.rounding=nearest"]),
+    ):
+        torch._dynamo.reset()
+        with tempfile.TemporaryDirectory() as scratch:
+            argv = ["model=llama_60m", "data=tokens", f"data.train={args['data']}", f"optim={name}", *more]
+            argv += ["tokens_per_step=16384", "micro_batch=64", "steps=2000", f"run.dir={scratch}"]
+            run = Run(
+                parse([*argv, "run.name=r", "optim.lr=0.005"]).resolved(),
+                Comm.from_env(),
+                Path(scratch),
+                None,
+            )
+            for step in range(1, 2001):
+                batch = next(run.loader)
+                run.step(step, batch, batch.valid)
+            pairs = [(u.param, u.state["mag"]) for u in run.opt.units if u.mag]
+            pairs += [(a.folded(), a.mag) for a in run.opt.adapters if a.mag is not None]
+            off = torch.cat([w.float().norm(dim=1) / mag.detach().abs() - 1 for w, mag in pairs]).double()
+            run.close()
+        row = {
+            "what": "llama_60m, ||W_row|| / |mag| - 1 after 2,000 steps in bf16",
+            "run": " ".join([name, *more]),
+        }
+        row |= {"rms": float(off.square().mean().sqrt()), "most": float(off.abs().max()), "rows": len(off)}
+        row |= facts(args.get("commit"))
+        with open(args.get("out", "bench.jsonl"), "a", encoding="utf-8") as f:
+            f.write(json.dumps(row) + "\n")
+        print({k: row[k] for k in ("run", "rms", "most")}, flush=True)
 
 
 def split(path: str) -> None:
@@ -227,7 +291,7 @@ def main(argv: list[str]) -> int:
     args = dict(a.split("=", 1) for a in argv)
     record = args.get("out", "bench.jsonl")
     if "plot" in args:
-        plot(record, args["plot"])
+        plot(record, args["plot"], args.get("methods"))
         return 0
     if "split" in args:
         split(args["split"])
@@ -235,6 +299,9 @@ def main(argv: list[str]) -> int:
     if not torch.cuda.is_available():
         print(f"{__doc__}\nThis needs an NVIDIA GPU, and torch sees none here.", file=sys.stderr)
         return 2
+    if "rows" in args:
+        drift(args)
+        return 0
     wanted = args["runs"].split(",") if "runs" in args else list(RUNS)
     for seed in map(int, args.get("seeds", "0").split("+")):
         for name in wanted:

@@ -62,16 +62,14 @@ PHRASES = {
     "model.init_from": "start from a Hugging Face folder",
     "activations.checkpoint": "share of blocks computed again in backward",
 }
-# Likewise for keys that only projected methods have, or with another default.
-PROJECTED = {
+# Likewise for keys that only low-rank methods have, or with another default.
+LOW_RANK = {
     "optim.scale": "as above",
     "optim.clip_mode": "projected, per_layer or off",
     "optim.rank": "null: by model size",
     "optim.refresh_every": "steps between bases; null: by model size",
     "optim.refresh": "staggered or together",
     "optim.finder": "of a basis: warm, svd or randomized",
-    "optim.side": "input, output, paper, long or both",
-    "optim.share": "one basis for weights with the same input",
     "optim.transport": "of moments: keep, reset, rotate, rotate_fill",
     "optim.basis_dtype": "bf16 or fp32; null: as weights",
 }
@@ -80,14 +78,28 @@ TAIL = """\
 Exit codes: 0 done or saved on a signal, 2 bad configuration,
             3 training stopped (non-finite, limits), 4 out of memory"""
 
+PROJECTED = {
+    "optim.side": "input, output, paper, long or both",
+    "optim.share": "one basis for weights with the same input",
+}
 MAGNITUDE = {
     "optim.mag_scale": "magnitudes run at lr * mag_scale",
     "optim.rounding": "of bf16 matrices: stochastic or nearest",
 }
+ADAPTER = {
+    **MAGNITUDE,
+    "optim.rounding": "of a merge: stochastic or nearest",
+    "optim.merge_every": "steps; 0: never; null: as refresh_every",
+    "optim.core_rank": "of the factors' gradients; null: as rank",
+    "optim.detach_norm": "the norm is a constant to the gradient",
+    "optim.normalize": "false: W0 + I J, no magnitude",
+    "optim.project": "false: Adam on the factors' whole gradients",
+}
+SECTIONS = {"low-rank": LOW_RANK, "projected": PROJECTED, "magnitude": MAGNITUDE, "adapter": ADAPTER}
 
 
 def help_text() -> str:
-    """The whole text, about 80 lines."""
+    """The whole text, about 100 lines."""
     cfg = Config()
     lines = [HEAD, "Groups, chosen with GROUP=OPTION (first the default):"]
     defaults = {"model": "llama_60m", "optim": "adamw", "data": "c4", "activations": "plain"}
@@ -104,7 +116,7 @@ def help_text() -> str:
     lines += textwrap.wrap(
         "  shapes: " + " ".join(shapes), 80, subsequent_indent=" " * 4, break_on_hyphens=False
     )
-    for schema, phrases in (("projected", PROJECTED), ("magnitude", MAGNITUDE)):
+    for schema, phrases in SECTIONS.items():
         names = methods(schema)
         cfg = blank(names[0])
         lines += ["", *textwrap.wrap(f"Keys and defaults of {schema} methods ({', '.join(names)}):", 80)]

@@ -25,6 +25,7 @@ MAY_CHANGE = (
     "optim.update",
     "optim.refresh_every",
     "optim.finder",
+    "optim.merge_every",
     "activations.checkpoint",
 )
 

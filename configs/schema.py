@@ -14,6 +14,8 @@ from typing import Any
 from data.config import DataConfig
 from llama.config import ActivationsConfig, ModelConfig, num_block_params, num_params
 from optim.config import (
+    AdapterConfig,
+    BasisConfig,
     MagnitudeConfig,
     OptimConfig,
     ProjectedConfig,
@@ -29,7 +31,13 @@ from .values import ConfigError, apply, leaves, read_yaml, show
 # Group -> schema name -> dataclass. A group file opens with `defaults: [/schema/<group>/<name>@_here_]`.
 SCHEMAS: dict[str, dict[str, type]] = {
     "model": {"llama": ModelConfig},
-    "optim": {"adamw": OptimConfig, "projected": ProjectedConfig, "magnitude": MagnitudeConfig},
+    "optim": {
+        "adamw": OptimConfig,
+        "low-rank": BasisConfig,  # of no method by itself
+        "projected": ProjectedConfig,
+        "magnitude": MagnitudeConfig,
+        "adapter": AdapterConfig,
+    },
     "data": {"text": DataConfig},
     "activations": {"activations": ActivationsConfig},
 }
@@ -164,8 +172,8 @@ class Config:
         if cfg.steps is None:
             cfg.steps = next(steps for limit, steps in STEPS if size <= limit)
         if cfg.optim.lr is None:
-            cfg.optim.lr = default_lr(size, isinstance(cfg.optim, ProjectedConfig))
-        if isinstance(cfg.optim, ProjectedConfig):
+            cfg.optim.lr = default_lr(size, isinstance(cfg.optim, BasisConfig))
+        if isinstance(cfg.optim, BasisConfig):
             if cfg.optim.rank is None:
                 cfg.optim.rank = default_rank(num_block_params(cfg.model), cfg.model.hidden_size)
             if cfg.optim.refresh_every is None:
@@ -203,10 +211,11 @@ def blank(method: str, folder: Path = FOLDER) -> Config:
 
 def elsewhere(key: str, folder: Path = FOLDER) -> str:
     """Reason and way out for a key that only methods of another schema have; empty if none has it."""
-    for schema, kind in SCHEMAS["optim"].items():
-        if key in leaves(kind(), "optim."):
-            return f"belongs to {schema} methods; choose optim={either(methods(schema, folder))}"
-    return ""
+    having = [schema for schema, kind in SCHEMAS["optim"].items() if key in leaves(kind(), "optim.")]
+    if not having:
+        return ""
+    names = [n for n in group_options("optim", folder) if any(n in methods(s, folder) for s in having)]
+    return f"belongs to {having[0]} methods; choose optim={either(names)}"
 
 
 def to_yaml(cfg: Config) -> str:

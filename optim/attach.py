@@ -8,15 +8,12 @@ Every trainable parameter is owned once, in the model's order; the first line th
     head        weight of any other nn.Linear                                            lr, decay
     gain        anything with fewer than two dimensions: norms, biases                   lr, no decay
     other       the rest                                                                 lr, no decay
-
-Projected methods give each matrix a basis by cfg.side; weights with one input share theirs (SHARED).
 """
 
 from __future__ import annotations
 
 import re
 import warnings
-from collections import defaultdict
 
 import torch
 import torch.distributed as dist
@@ -24,26 +21,22 @@ from torch import nn
 from torch.distributed.tensor import DTensor, Shard
 from torch.nn.parallel import DistributedDataParallel
 
+from .assign import give_adapters, give_bases
 from .config import (
-    MagnitudeConfig,
+    AdapterConfig,
+    BasisConfig,
     OptimConfig,
     ProjectedConfig,
     default_lr,
-    default_rank,
     default_refresh_every,
 )
 from .engine import Engine, basis_dtype
-from .layer import ProjectedLinear, project
+from .layer import ProjectedLinear
 from .methods import METHODS, Method, adam
 from .reduce import Reduce, sum_shards
-from .unit import PROBE, Basis, Magnitude, Unit, local
+from .unit import Basis, Unit, local
 
 HEAD = re.compile(r"(^|\.)(\w*head\w*|embed_out|output|classifier|score)$")
-# Names, within one module, of linears that read the same input.
-SHARED = (
-    r"(q|k|v)_proj", r"(query|key|value)", r"w(q|k|v)", r"to_(q|k|v)",
-    r"(gate|up)_proj", r"w(1|3)", r"fc_?(gate|up)", r"wi_(0|1)",
-)  # fmt: skip
 
 
 def attach(
@@ -95,8 +88,12 @@ def attach(
     comm = Reduce(group, reduce == "mean")
     seed = torch.tensor([torch.initial_seed() % 2**63], device=first.device if group else "cpu")
     comm.from_owner_(seed, 0)
-    projected = isinstance(cfg, ProjectedConfig)
-    bases = give_bases(model, units, cfg) if isinstance(cfg, ProjectedConfig) else []
+    every = getattr(cfg, "refresh_every", None) or default_refresh_every(numbers)
+    bases: list[Basis] = []
+    if isinstance(cfg, ProjectedConfig):
+        bases = give_bases(model, units, cfg)
+    elif isinstance(cfg, AdapterConfig):
+        units, bases = give_adapters(model, units, cfg, every, comm, int(seed))
     for b in bases:
         w = local(b.units[0].param)
         b.begin(int(seed), w.device, basis_dtype(cfg, w))
@@ -108,8 +105,8 @@ def attach(
         units,
         bases,
         cfg,
-        lr=cfg.lr if cfg.lr is not None else default_lr(numbers, projected),
-        every=(getattr(cfg, "refresh_every", None) or default_refresh_every(numbers)),
+        lr=cfg.lr if cfg.lr is not None else default_lr(numbers, isinstance(cfg, BasisConfig)),
+        every=every,
         accum_steps=accum_steps,
         reduce=comm,
         seed=int(seed),
@@ -181,75 +178,3 @@ def own(model: nn.Module, cfg: OptimConfig, method: Method) -> list[Unit]:
 
 def inside_block(path: str) -> bool:
     return any(part.isdigit() for part in path.split("."))
-
-
-def give_bases(model: nn.Module, units: list[Unit], cfg: ProjectedConfig) -> list[Basis]:
-    """Bases of all matrices, in the model's order; each unit learns its own and its layers, now projected."""
-    users: dict[int, list[nn.Linear]] = defaultdict(list)
-    for module in model.modules():
-        if type(module) is nn.Linear:
-            users[id(module.weight)].append(module)
-    matrices = [u for u in units if u.role == "matrix"]
-    if not matrices:
-        raise ValueError(f"model: {cfg.name} projects weights of nn.Linear in blocks, and there are none")
-    rank = cfg.rank or default_rank(sum(u.param.numel() for u in matrices), matrices[0].param.shape[1])
-    families: dict[tuple[str, ...], list[Unit]] = {}
-    for u in matrices:
-        side = side_of(u, cfg.side)
-        width = min(u.param.shape) if side == "both" else u.param.shape[side == "input"]
-        if not users[id(u.param)]:
-            u.why = f"a subclass of nn.Linear, {type(u.owner).__name__}"
-        elif rank >= width:
-            u.why = f"width {width}"
-        else:
-            family = family_of(u) if cfg.share and side != "output" else u.name
-            families.setdefault((side, family), []).append(u)
-    bases: list[Basis] = []
-
-    def basis(side: str, members: list[Unit], k: int) -> Basis:
-        dim = 1 if side == "input" else 0
-        n, across = members[0].param.shape[dim], sum(u.param.shape[1 - dim] for u in members)
-        bases.append(
-            Basis(f"{side} {members[0].name}", len(bases), side, n, min(rank, n, across), k, members)
-        )
-        return bases[-1]
-
-    for (side, _), members in families.items():
-        if side != "output":
-            q = basis("input", members, PROBE)
-            for u in members:
-                u.q = q
-        if side != "input":
-            for u in members:
-                u.p = basis("output", [u], 0 if side == "both" else PROBE)
-    if cfg.transport != "auto" and not any(u.rule.moments for u in matrices):
-        raise ValueError(f"transport={cfg.transport}: {cfg.name} keeps no moments in a basis; leave it out")
-    if isinstance(cfg, MagnitudeConfig):
-        how = Magnitude(cfg.mag_scale, adam(cfg), cfg.rounding == "stochastic")
-        for u in (u for u in units if u.projected):
-            u.mag = how
-    for u in units:
-        if u.projected:
-            u.layers = [project(layer) for layer in users[id(u.param)]]
-    if not bases:
-        raise ValueError(f"rank={rank}: no matrix is wider, nothing would be projected; choose a smaller one")
-    return bases
-
-
-def side_of(u: Unit, side: str) -> str:
-    """paper projects the shorter side of a matrix, long the longer; square ones as published code does."""
-    out, width = u.param.shape
-    return {
-        "paper": "input" if out >= width else "output",
-        "long": "output" if out >= width else "input",
-    }.get(side, side)
-
-
-def family_of(u: Unit) -> str:
-    """Equal for weights of one module that read the same input."""
-    path = u.name.removesuffix(".weight")
-    parent, _, name = path.rpartition(".")
-    for n, pattern in enumerate(SHARED):
-        if re.fullmatch(pattern, name):
-            return f"{parent}.{n} {u.param.shape[1]}"
-    return u.name

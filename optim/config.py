@@ -107,8 +107,8 @@ class OptimConfig:
 
 
 @dataclass
-class ProjectedConfig(OptimConfig):
-    """Methods that keep the gradients of matrices in blocks in a basis of low rank."""
+class BasisConfig(OptimConfig):
+    """Methods that train in a basis of low rank."""
 
     scale: float = 0.25
     clip_mode: str = "global_estimated"  # global_estimated | projected | per_layer | off
@@ -116,8 +116,6 @@ class ProjectedConfig(OptimConfig):
     refresh_every: int | None = None  # steps between two bases of a matrix; None: by model size
     refresh: str = "staggered"  # staggered | together
     finder: str = "warm"  # warm | svd | randomized
-    side: str = "input"  # input | output | paper | long | both
-    share: bool = True  # one basis for weights with the same input; output bases are never shared
     transport: str = "auto"  # of moments into a new basis: auto | keep | reset | rotate | rotate_fill
     basis_dtype: str | None = None  # bf16 | fp32; None: the weights'
 
@@ -125,13 +123,24 @@ class ProjectedConfig(OptimConfig):
         "clip_mode": ("global_estimated", "projected", "per_layer", "off"),
         "refresh": ("staggered", "together"),
         "finder": ("warm", "svd", "randomized"),
-        "side": ("input", "output", "paper", "long", "both"),
         "transport": ("auto", "keep", "reset", "rotate", "rotate_fill"),
         "basis_dtype": ("bf16", "fp32"),
     }
     RANGES: ClassVar[dict[str, tuple[str, str]]] = OptimConfig.RANGES | {
         "rank": ("[1, 65536]", "null takes the model size's, a quarter of the width is usual"),
         "refresh_every": ("[1, 1e6]", "null takes the model size's, 200 is usual"),
+    }
+
+
+@dataclass
+class ProjectedConfig(BasisConfig):
+    """Methods that keep the gradients of matrices in blocks in a basis of low rank."""
+
+    side: str = "input"  # input | output | paper | long | both
+    share: bool = True  # one basis for weights with the same input; output bases are never shared
+
+    CHOICES: ClassVar[dict[str, tuple[str, ...]]] = BasisConfig.CHOICES | {
+        "side": ("input", "output", "paper", "long", "both"),
     }
 
 
@@ -149,6 +158,40 @@ class MagnitudeConfig(ProjectedConfig):
     RANGES: ClassVar[dict[str, tuple[str, str]]] = ProjectedConfig.RANGES | {
         "mag_scale": ("[0, 100]", "0.25 is usual, 0 keeps the magnitudes"),
     }
+
+
+@dataclass
+class AdapterConfig(BasisConfig):
+    """Methods that train factors of low rank beside a matrix that rests, and merge them into it."""
+
+    mag_scale: float = 0.25  # the magnitudes run at lr * mag_scale
+    rounding: str = "stochastic"  # of bf16 matrices at a merge: stochastic | nearest
+    merge_every: int | None = None  # steps between two merges; 0: never; None: as refresh_every
+    core_rank: int | None = None  # of the factors' gradients; None: as rank
+    detach_norm: bool = False  # the norm is a constant to the gradient, as in DoRA's cheap form
+    normalize: bool = True  # False: W0 + I J, without magnitude
+    project: bool = True  # False: Adam on the whole gradients of the factors
+
+    CHOICES: ClassVar[dict[str, tuple[str, ...]]] = BasisConfig.CHOICES | {
+        "rounding": ("stochastic", "nearest"),
+    }
+    RANGES: ClassVar[dict[str, tuple[str, str]]] = BasisConfig.RANGES | {
+        "mag_scale": MagnitudeConfig.RANGES["mag_scale"],
+        "merge_every": ("[0, 1e6]", "null merges with each new basis, 0 never"),
+        "core_rank": ("[1, 65536]", "null takes rank itself"),
+    }
+
+    def _clashes(self) -> list[tuple[str, tuple[str, ...], str]]:
+        found = super()._clashes()
+        if self.core_rank and self.rank and self.core_rank > self.rank:
+            text = f"above optim.rank={self.rank}, the factors' narrow side; choose at most that, or null"
+            found.append(("core_rank", ("rank",), text))
+        ignored = {} if self.normalize else {"mag_scale": "normalize", "detach_norm": "normalize"}
+        ignored |= {} if self.project else dict.fromkeys(("core_rank", "finder", "transport"), "project")
+        for key, switch in ignored.items():
+            if getattr(self, key) != getattr(type(self), key):
+                found.append((key, (), f"would be ignored with optim.{switch}=false; leave it out"))
+        return found
 
 
 def inside(value: float, interval: str) -> bool:

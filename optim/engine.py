@@ -22,7 +22,6 @@ from the probe's estimates (global_estimated), of the Rs, which are smaller (pro
 from __future__ import annotations
 
 import math
-import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -38,7 +37,7 @@ from .refresh import Eager, Refresher, due
 from .rules import Rule
 from .scalars import Scalars
 from .unit import Basis, Unit, local
-from .watch import TOUCHED, WHOLE, Watch
+from .watch import Watch
 
 Column = kernels.Column
 LAGGED = ("global_estimated", "projected")  # clip modes that in backward know the last step's norm only
@@ -80,30 +79,29 @@ class Engine(torch.optim.Optimizer):
         self._groups = [list(groups).index((u.role, u.scale, u.decay)) for u in units]
         super().__init__(list(groups.values()), {"lr": lr})
         self.root, self.units, self.bases, self.cfg, self.reduce = root, units, bases, cfg, reduce
+        self.adapters = list(dict.fromkeys(u.adapter for u in units if u.adapter))
         self.accum_steps, self.every, self.seed, self._warmup = accum_steps, every, seed, 0
         self.in_backward = cfg.update_resolved == "in_backward"
         self.passes = 2 if cfg.clip_mode == "two_pass" else 1
         self.updates = 0  # steps done
         self.stats: dict[str, Tensor | float] = {}
         self.refresher = Refresher(getattr(cfg, "finder", ""), getattr(cfg, "transport", ""), seed, reduce)
-        self._eager, self._warned = Eager(root), False
+        self._eager = Eager(root)
         self._paths = {id(m): name for name, m in root.named_modules()}
         # Gains and biases wait for step() and one launch, unless their norm is needed before any update.
         early = not self.in_backward or self.passes == 2
         self._late = [u for u in units if u.role == "gain" and not early]
         self._order = [u for u in reversed(units) if u not in self._late]
-        # What somebody does to gradients between backward and step() shows here; with no bases it is their
-        # affair.
-        dense = [u for u in (self._late or units if bases else []) if not u.projected]
-        self._smallest = min(dense, key=lambda u: u.param.numel(), default=None)
         self._place()
-        self._begin = Watch(self)
+        self._begin = Watch(self, self._late or units)
         self._root_hook = root.register_forward_pre_hook(self._begin)
         self._prepare()
 
     def _place(self) -> None:
         """Leaves, hooks, bases and state where the weights are: at attach, and after they were moved."""
         self._moved = False
+        for a in self.adapters:
+            a.place(self._note_move)
         for n, g in enumerate(self.param_groups):  # to_empty() makes new Parameters
             g["params"] = [u.param for u, of in zip(self.units, self._groups, strict=True) if of == n]
         self.state.clear()
@@ -138,6 +136,8 @@ class Engine(torch.optim.Optimizer):
             for u in self.units:
                 if u.mag:
                     magnitude.begin(u, local(u.param))
+            for a in self.adapters:
+                a.begin()
         self._forwards += 1
         self._form_g()  # blocks may have been compiled since the step was prepared
 
@@ -150,14 +150,16 @@ class Engine(torch.optim.Optimizer):
         self._s: dict[int, Tensor] = {}  # and the gradient of their magnitudes
         self._landed: list[Landed] = []
         self._waiting = 0  # bytes of it
-        self._seen: tuple[int, Tensor] | None = None  # version and copy of the smallest dense gradient
         for b in self.bases:
             together = getattr(self.cfg, "refresh", "") == "together"
-            b.due = due(b.index, len(self.bases), self.updates, self.every, self._warmup, together)
+            if a := b.units[0].adapter:
+                b.due = a.due(b, self.updates, self.every)
+            else:
+                b.due = due(b.index, len(self.bases), self.updates, self.every, self._warmup, together)
             b.arrived = 0
         for u in self.units:
             u.fired = [0] * len(u.fired)
-            u.refresh = any(b.due for b in u.bases)
+            u.refresh = u.adapter is None and any(b.due for b in u.bases)
             for layer in u.layers:
                 layer.refresh = u.refresh
         self._form_g()
@@ -191,8 +193,7 @@ class Engine(torch.optim.Optimizer):
                     "segments would be updated twice: checkpoint with use_reentrant=False"
                 )
             if all(u.fired[i] == self.accum_steps * self._pass for i in u.active()):
-                if u is self._smallest:
-                    self._seen = leaf.grad._version, leaf.grad.detach().clone()
+                self._begin.seen(u, leaf.grad)
                 self._ready.add(u.index)
                 if (self.in_backward or self._pass < self.passes) and u not in self._late:
                     self._drain(depth=0 if self.reduce.group is None else 1)
@@ -216,12 +217,7 @@ class Engine(torch.optim.Optimizer):
 
     def _launch(self, u: Unit) -> None:
         grads = u.take()
-        if u is self._smallest and self._seen is not None:
-            version, before = self._seen
-            if grads[0]._version != version and not torch.equal(before, grads[0]):
-                if not self._warned:
-                    warnings.warn(TOUCHED, stacklevel=4)
-                self._warned = True
+        self._begin.taken(u, grads[0])
         self._flight.append((u, self.reduce.start(u, grads)))
 
     def _land(self) -> None:
@@ -232,7 +228,10 @@ class Engine(torch.optim.Optimizer):
             lagged = self.in_backward and self.cfg.clip_mode in LAGGED
             self.scalars.open(self.param_groups, self.cfg.clip if lagged else 0.0)
             self._opened = True
-        if u.refresh:
+        if u.adapter:
+            for m, g in u.adapter.land(u, grads[0]):
+                self._refresh(m, g) if m.projected else self._hold("dense", m, g, g, None, None)
+        elif u.refresh:
             self._refresh(u, grads[0])
         else:
             s = a = None
@@ -265,9 +264,10 @@ class Engine(torch.optim.Optimizer):
     def _hold(self, kind: str, u: Unit, r: Tensor, rest: Tensor, s: Tensor | None, a: Tensor | None) -> None:
         self._landed.append(Landed(kind, u, r, rest, s, a))
         # The same on every rank, however its rows are cut: a flush exchanges sums.
-        rows = self.reduce.rows(u) if u.sharded else r.shape[0] if r.ndim else 1
+        rows = self.reduce.rows(u.param) if u.sharded else r.shape[0] if r.ndim else 1
         size = rows * math.prod(r.shape[1:]) * r.element_size() * (1 if a is None else 2)
-        self._waiting += HELD if kind == "whole" else size  # nobody waits with a whole gradient
+        # Nobody waits with a whole gradient, but for those of factors.
+        self._waiting += HELD if kind == "whole" and not u.adapter else size
 
     def _flush(self) -> None:
         """Clip, rule and weight update of everything that has landed; dense units of one rule go together."""
@@ -308,6 +308,8 @@ class Engine(torch.optim.Optimizer):
             for u in units:
                 if self.in_backward and u not in self._late:
                     u.param.grad = None
+        for a in dict.fromkeys(x.unit.adapter for x in batch if x.unit.adapter):
+            a.settle()
 
     # ---- after backward
 
@@ -334,11 +336,11 @@ class Engine(torch.optim.Optimizer):
             }
         else:
             del self.stats["energy"]
-        if self._begin.whole:
-            self._begin.whole = False
-            warnings.warn(WHOLE, stacklevel=2)
+        self._begin.warn()
         self._eager.leave()
         self.updates += 1
+        for a in self.adapters:
+            a.merge(self.updates, self.scalars)
         self._prepare()
 
     def _close(self) -> None:
@@ -390,6 +392,8 @@ class Engine(torch.optim.Optimizer):
                 hook.remove()
             for layer in u.layers:
                 unproject(layer)
+        for a in self.adapters:
+            a.detach()
 
     def table(self) -> str:
         """What is trained how, with its memory: for the start of a run."""

@@ -123,7 +123,7 @@ class ProjectedLinear(nn.Linear):
         return _plain, ({k: v for k, v in self.__dict__.items() if k not in ATTRIBUTES},)
 
 
-ATTRIBUTES = ("coord", "probe", "full", "p", "q", "mag", "factor", "refresh", "moved")
+ATTRIBUTES = ("coord", "probe", "full", "p", "q", "mag", "factor", "refresh", "moved", "adapter", "i", "j")
 
 
 def _plain(state: dict[str, Any]) -> nn.Linear:

@@ -36,14 +36,18 @@ Column = kernels.Column
 def begin(u: Unit, w: Tensor) -> None:
     """mag = n = row norms, for weights that have not been trained yet. ValueError for a row of zeros."""
     norms = torch.linalg.vector_norm(w, dim=1, dtype=u.state["mag"].dtype)
+    refuse_zeros(norms, u.name)
+    for name in ("mag", "n"):
+        u.state[name].copy_(norms)
+
+
+def refuse_zeros(norms: Tensor, name: str) -> None:
     zeros = int((norms == 0).sum())
     if zeros:
         raise ValueError(
-            f"{u.name}: {zeros} of {len(w)} rows are zero; they have no direction and would stay zero under "
-            "gradnormlorp. Initialise them, or choose another method"
+            f"{name}: {zeros} of {len(norms)} rows are zero; they have no direction and would stay zero "
+            "under gradnormlorp. Initialise them, or choose another method"
         )
-    for name in ("mag", "n"):
-        u.state[name].copy_(norms)
 
 
 def resume(u: Unit, w: Tensor) -> None:
@@ -59,8 +63,9 @@ def restart(u: Unit) -> None:
     u.state["mag_v"].zero_()
 
 
-def _divisor(u: Unit, w: Tensor) -> Tensor:
-    mag, least = u.state["mag"], LEAST * w.shape[1] ** 0.5
+def divisor(mag: Tensor, width: int) -> Tensor:
+    """mag, kept away from zero."""
+    least = LEAST * width**0.5
     return torch.where(mag < 0, mag.clamp(max=-least), mag.clamp(min=least))
 
 
@@ -72,7 +77,7 @@ def _refactor(u: Unit) -> None:
 def direction(u: Unit, w: Tensor, grads: list[Tensor]) -> tuple[list[Tensor], Tensor, Tensor | None]:
     """From the leaves' gradients, [R, Z] and the sums of dY * y: [D Q, D S], s (rows,), [A, W S] or None."""
     both, sums = grads
-    mag, n = _divisor(u, w), u.state["n"]
+    mag, n = divisor(u.state["mag"], w.shape[1]), u.state["n"]
     s = sums[:, 0] / mag
     if u.p is not None:
         left = (u.p.qs.to(mag.dtype) * (s / n)[:, None]).to(w.dtype)
@@ -85,7 +90,7 @@ def direction(u: Unit, w: Tensor, grads: list[Tensor]) -> tuple[list[Tensor], Te
 
 def direction_of_(u: Unit, w: Tensor, g: Tensor) -> Tensor:
     """A whole gradient G (rows, in) becomes D in place; s (rows,)."""
-    mag, n = _divisor(u, w), u.state["n"]
+    mag, n = divisor(u.state["mag"], w.shape[1]), u.state["n"]
     s = g.new_empty(len(g), dtype=mag.dtype)
     for start in range(0, len(g), ROWS):
         at = slice(start, start + ROWS)
@@ -105,7 +110,7 @@ def step_(
 ) -> None:
     """mag, n and W after one update; nothing changes where the gradient is not finite."""
     assert u.mag is not None
-    state, mag, n, wide = u.state, _divisor(u, w), u.state["n"], u.state["n"].dtype
+    state, mag, n, wide = u.state, divisor(u.state["mag"], w.shape[1]), u.state["n"], u.state["n"].dtype
     ok = h[Column.OK] > 0
     moments = {"m": state["mag_m"], "v": state["mag_v"]}
     moved = u.mag.rule.step_(s[None], moments, h, wide)[0] * (u.mag.rate / u.scale)

@@ -43,13 +43,17 @@ def entries(e: Engine) -> list[Entry]:
     wide, n = e.scalars.dtype, len(e.units)
     for u in e.units:
         w = local(u.param)
-        add("weights", w.numel(), w.dtype)
+        add("adapters" if u.adapter else "weights", w.numel(), w.dtype)
         for kind, numel, dtype in state_of(u):
             add(kind, numel, dtype)
-        if u.projected:
+        if u.projected and not u.adapter:
             wider = 1 if u.mag else 0  # coordinates are one element each, whatever their shape
             add("coordinates", len(u.leaves) + 1 - wider, w.dtype)
             add("coordinates", wider, wide_of(u))
+    for a in e.adapters:
+        w = local(a.weight)
+        add("weights", w.numel(), w.dtype)
+        add("row norms and factors", 3 * len(a.weight) if a.how.normalize else 0, wide)
     for b in e.bases:
         add("bases", b.n * b.r, b.qs.dtype)
         add("probe S", b.n * b.k, b.qs.dtype)
@@ -57,7 +61,7 @@ def entries(e: Engine) -> list[Entry]:
     # table of 8, t, two squares, two numbers of all
     add("scalars", (8 + 1 + 2) * n + 2, wide)
     add("scalars", n, torch.int64)  # param group of each
-    add("scalars", n, torch.bool)  # projected or not
+    add("scalars", 3 * n, torch.bool)  # projected, counted, may rest
     return [Entry(what, numel, dtype) for (what, dtype), numel in found.items() if numel]
 
 
@@ -86,20 +90,21 @@ def wide_of(u: Unit) -> torch.dtype:
 
 def table(e: Engine) -> str:
     """Every parameter, those that differ in a number only in one line; then the memory. 80 columns."""
-    lines: dict[tuple[str, ...], list[Unit]] = {}
+    lines: dict[tuple[str, torch.Size], list[Unit]] = {}
     for u in e.units:
-        name = re.sub(r"(?<=\.)\d+(?=\.)", "*", u.name)
-        lines.setdefault((name, str(tuple(u.param.shape))), []).append(u)
+        a = u.adapter
+        name = re.sub(r"(?<=\.)\d+(?=\.)", "*", a.name if a else u.name)
+        lines.setdefault((name, (a.weight if a else u.param).shape), []).append(u)
     out = [f"{'trained':<38}{'shape':>11} {'rule':<5}{'basis':<9}{'rank':>4} {'lr':>6}{'MiB':>5}"]
     group = dict(zip(map(id, (u.param for u in e.units)), e._groups, strict=True))
-    for (name, _), units in lines.items():
-        u = units[0]
+    for (name, shape), units in lines.items():
+        u, several = units[0], len({u.adapter.name if u.adapter else u.name for u in units})
         name = name.removesuffix(".weight").removeprefix("model.")
-        name = (name if len(name) < 34 else "..." + name[-30:]) + (
-            f" x{len(units)}" if len(units) > 1 else ""
-        )
+        name = (name if len(name) < 34 else "..." + name[-30:]) + (f" x{several}" if several > 1 else "")
         basis, rank = "-", "-"
-        if u.projected:
+        if u.adapter:
+            basis, rank = "adapter", str(u.adapter.r)
+        elif u.projected:
             shared = len(u.q.units) if u.q else 1
             side = "both" if u.q and u.p else "input" if u.q else "output"
             basis, rank = side + (f":{shared}" if shared > 1 else ""), str(min(b.r for b in u.bases))
@@ -109,7 +114,7 @@ def table(e: Engine) -> str:
         mib = sum(x.bytes for v in units for x in state_of(v)) / 2**20
         rate = f"{g['lr'] * g['scale']:.1e}".replace("e-0", "e-")
         out.append(
-            f"{name:<38}{'x'.join(map(str, u.param.shape)):>11} {type(u.rule).__name__.lower():<5}{basis:<9}"
+            f"{name:<38}{'x'.join(map(str, shape)):>11} {type(u.rule).__name__.lower():<5}{basis:<9}"
             f"{rank:>4} {rate:>6}{mib:>5.{0 if mib >= 99.5 else 1}f}"
         )
     reasons = {u.why for u in e.units if u.why}
@@ -123,7 +128,7 @@ def memory(e: Engine) -> list[str]:
     for x in entries(e):
         kind = (
             x.what
-            if x.what in ("weights", "bases")
+            if x.what in ("weights", "bases", "adapters")
             else "moments"
             if x.what.startswith("moment")
             else "extras"
@@ -132,8 +137,12 @@ def memory(e: Engine) -> list[str]:
     parts = ", ".join(f"{k} {v:.2f}" for k, v in sums.items())
     out = [f"held      {sum(sums.values()):.2f} GiB: {parts}"]
     if e.bases:
-        out.append(f"bases     {len(e.bases)}, replaced every {e.every} steps; input:n is one for n weights")
-        out.append(f"          grad_norm is estimated without bias from {PROBE} random columns")
+        shared = "" if e.adapters else "; input:n is one for n weights"
+        out.append(f"bases     {len(e.bases)}, replaced every {e.every} steps{shared}")
+        if not e.adapters:
+            out.append(f"          grad_norm is estimated without bias from {PROBE} random columns")
+    if e.adapters:
+        out += _adapters(e)
     rates = {(u.mag.rate, u.mag.stochastic) for u in e.units if u.mag}
     for rate, stochastic in rates:
         lr = f"{e.param_groups[0]['lr'] * rate:.1e}".replace("e-0", "e-")
@@ -144,3 +153,17 @@ def memory(e: Engine) -> list[str]:
         whole = sum(u.param.numel() * u.param.element_size() for u in e.units) / GIB
         out.append(f"gradients {whole:.2f} GiB are held over {e.accum_steps} micro-batches")
     return out
+
+
+def _adapters(e: Engine) -> list[str]:
+    """What an adapter is here: GradNormLoRP's Definition 1, in words."""
+    a, w = e.adapters[0], "W0 + I J"
+    out = []
+    if a.how.normalize:
+        rate = f"{e.param_groups[0]['lr'] * a.units[2].scale:.1e}".replace("e-0", "e-")
+        out.append(f"          n: norms of the rows of {w}; mag: by adam, lr {rate}")
+        w = f"mag ({w}) / n"
+    out.insert(0, f"adapters  W = {w}; W0 rests, I is (out, {a.r}) and J ({a.r}, in)")
+    core = f"in bases on both sides, {a.bases[0].r} x {a.bases[0].r}" if a.bases else "whole"
+    every = f"every {a.how.merge_every} steps" if a.how.merge_every else "never"
+    return [*out, f"          gradients of I and J {core}; merged into W0 {every}"]

@@ -10,7 +10,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
-from .config import MagnitudeConfig, OptimConfig, ProjectedConfig
+from .config import AdapterConfig, MagnitudeConfig, OptimConfig, ProjectedConfig
 from .rules import Rule
 from .rules.adam import Adam
 from .rules.sgd import Sgd
@@ -19,7 +19,7 @@ from .rules.sgd import Sgd
 @dataclass(frozen=True)
 class Method:
     rule: Callable[[OptimConfig], Rule]  # of the matrices; embeddings, head and gains are trained by Adam
-    config: type[OptimConfig]  # ProjectedConfig: the rule sees coordinates in a basis; MagnitudeConfig: of V
+    config: type[OptimConfig]  # what the rule sees: ProjectedConfig coordinates, MagnitudeConfig V's
     defaults: dict[str, Any] = field(default_factory=dict)
 
 
@@ -34,5 +34,7 @@ METHODS = {
     "galore_8bit": Method(adam, ProjectedConfig, {"moments": "int8"}),
     "gradnormlorp": Method(adam, MagnitudeConfig, {"refresh_every": 250}),
     "gradnormlorp_8bit": Method(adam, MagnitudeConfig, {"refresh_every": 250, "moments": "int8"}),
+    "gradnormlorp_adapter": Method(adam, AdapterConfig, {"refresh_every": 250}),
+    "gradnormlorp_adapter_8bit": Method(adam, AdapterConfig, {"refresh_every": 250, "moments": "int8"}),
     "galore_sgd": Method(lambda cfg: Sgd(), ProjectedConfig, {"scale": 50.0}),
 }

@@ -17,6 +17,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor
 
 from .unit import Unit, local
 
@@ -65,15 +66,15 @@ class Reduce:
             kept.append(padded)
         return Flight(out, works, kept, self.divide)
 
-    def rows(self, u: Unit) -> int:
+    def rows(self, w: Tensor) -> int:
         """Most rows that a rank holds of a row-sharded weight, as FSDP2 cuts."""
-        return -(-u.param.shape[0] // self.world)
+        return -(-w.shape[0] // self.world)
 
-    def gather_rows(self, u: Unit, g: Tensor) -> Tensor:
-        """All rows of a row-sharded G, on every rank."""
-        if not u.sharded:
+    def gather_rows(self, w: Tensor, g: Tensor) -> Tensor:
+        """Of a row-sharded w: this rank's rows g to all rows, on every rank."""
+        if not isinstance(w, DTensor):
             return g
-        out, each = u.param.shape[0], self.rows(u)
+        out, each = w.shape[0], self.rows(w)
         mine = F.pad(g, (0, 0, 0, each - len(g))).contiguous()
         whole = g.new_empty(each * self.world, g.shape[1])
         gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
@@ -89,6 +90,12 @@ class Reduce:
         total = torch.where(mask, t, 0)
         dist.all_reduce(total, group=self.group)
         return torch.where(mask, total, t)
+
+    def sum_parts(self, w: Tensor, t: Tensor) -> Tensor:
+        """Of a row-sharded w: the sum over ranks of what each has of its rows."""
+        if isinstance(w, DTensor):
+            dist.all_reduce(t, group=self.group)
+        return t
 
     def from_owner_(self, t: Tensor, owner: int) -> None:
         """Overwrites t by that of one rank, bit by bit."""

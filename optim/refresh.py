@@ -56,7 +56,7 @@ class Refresher:
         wide = torch.promote_types(b.qs.dtype, torch.float32)
         old = b.q.to(wide, copy=True)  # replaced in place below
         with self._timed(b.qs.device):
-            whole = [self.reduce.gather_rows(u, g) for u, g in zip(b.units, gs, strict=True)]
+            whole = [self.reduce.gather_rows(u.param, g) for u, g in zip(b.units, gs, strict=True)]
             owner = b.index % self.reduce.world
             q, outcome = b.q.contiguous(), 0
             if self.reduce.rank == owner:
@@ -65,7 +65,7 @@ class Refresher:
                     old,
                     self.finder,
                     subspace.mix(self.seed, b.index, b.count, 2),
-                    first=b.count == 0,
+                    first=b.fresh,
                 )
                 q, outcome = found.q.to(b.qs.dtype).contiguous(), found.outcome
             if self.reduce.world > 1:
@@ -77,7 +77,7 @@ class Refresher:
                 self.kept += 1
                 return []
             self.fallbacks += outcome == subspace.FALLBACK
-            first, b.count = b.count == 0, b.count + 1
+            first, b.fresh, b.count = b.fresh, False, b.count + 1
             b.replace_(q, self.seed)
             c = old.t() @ b.q.to(wide)
             self.overlaps.append(subspace.overlap(c))

@@ -35,6 +35,11 @@ class Scalars:
         self.norm = torch.full((), -1.0, dtype=wide, device=device)  # of the last step; -1: none yet
         self.in_a_row = torch.zeros((), dtype=wide, device=device)  # steps with a skipped unit
         self.projected = torch.tensor([u.projected for u in units], device=device)
+        # The units of an adapter are skipped together, and count once. A factor rests while its gradient is
+        # zero.
+        one = [u.role != "magnitude" and u.leaf_name != "j" for u in units]
+        self.counted = torch.tensor(one, device=device)
+        self.rests = torch.tensor([u.role == "factor" for u in units], device=device)
         self._index: dict[tuple[int, ...], Tensor] = {}
         if before is not None and not before.t.is_meta:
             for name in ("t", "norm", "in_a_row"):
@@ -78,7 +83,8 @@ class Scalars:
         skipped."""
         rows = self.rows(units)
         self.squares[rows] = squares
-        self.table[rows, Column.OK] = torch.isfinite(squares[:, 1]).to(self.dtype)
+        moves = torch.isfinite(squares[:, 1]) & ~(self.rests[rows] & (squares[:, 1] == 0))
+        self.table[rows, Column.OK] = moves.to(self.dtype)
 
     def total(self, column: int) -> Tensor:
         """Norm over the finite units: of the captured parts (0) or of the estimates (1)."""
@@ -97,7 +103,7 @@ class Scalars:
         own."""
         ok = self.table[:, Column.OK] > 0
         self.t.copy_(self.table[:, Column.T] - 1 + ok)
-        skipped = (~ok).sum()
+        skipped = (~torch.isfinite(self.squares[:, 1]) & self.counted).sum()
         self.norm.copy_(self.total(column))
         self.in_a_row.copy_(torch.where(skipped > 0, self.in_a_row + 1, 0))
         captured, estimate = torch.where((ok & self.projected)[:, None], self.squares, 0).sum(0)

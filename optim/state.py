@@ -14,13 +14,15 @@ ENGINE = "engine"  # beside parameters' names and "input NAME", "output NAME" of
 
 
 def collect(e: Engine) -> dict[str, dict[str, Tensor]]:
-    """{name: {key: tensor}}: moments and t of each parameter, each basis with its probe, the engine's
-    clock."""
+    """{name: {key: tensor}}: moments and t of each parameter, each basis with its probe, adapters, the
+    engine's clock."""
     found: dict[str, dict[str, Tensor]] = {
         u.name: {"t": e.scalars.t[u.index].clone(), **u.state} for u in e.units
     }
     for b in e.bases:
-        found[b.name] = {"qs": b.qs, "count": torch.tensor(b.count)}
+        found[b.name] = {"qs": b.qs, "count": torch.tensor(b.count), "fresh": torch.tensor(int(b.fresh))}
+    for a in e.adapters:
+        found[a.name] = a.saved()
     r = e.refresher
     found[ENGINE] = {"norm": e.scalars.norm.clone(), "in_a_row": e.scalars.in_a_row.clone()}
     found[ENGINE] |= {
@@ -56,11 +58,15 @@ def restore(e: Engine, saved: dict[str, Any]) -> None:
             tensor.copy_(state[u.name][key])
         e.scalars.t[u.index] = state[u.name]["t"]
     for b in e.bases:
-        b.load_(state[b.name]["qs"], int(state[b.name]["count"]))
+        b.load_(*(state[b.name][k] for k in ("qs", "count", "fresh")))
+    for a in e.adapters:
+        a.load_(state[a.name])
     own, r = state[ENGINE], e.refresher
     e.scalars.norm.copy_(own["norm"])
     e.scalars.in_a_row.copy_(own["in_a_row"])
     e.updates, e.seed = int(own["updates"]), int(own["seed"])
+    for a in e.adapters:
+        a.seed = e.seed
     r.seed, r.kept, r.fallbacks = e.seed, int(own["kept"]), int(own["fallbacks"])
     for g, there in zip(e.param_groups, saved.get("param_groups", []), strict=False):
         g |= {k: v for k, v in there.items() if k != "params"}

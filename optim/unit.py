@@ -17,7 +17,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -26,6 +26,9 @@ from torch.distributed.tensor import DTensor
 from . import kernels, moments, subspace
 from .layer import ProjectedLinear, coordinate
 from .rules import Rule
+
+if TYPE_CHECKING:
+    from .adapter import Adapter
 
 PROBE = kernels.PROBE  # columns of the norm probe: 1.6% of the products of R at r = 1024
 
@@ -49,6 +52,7 @@ class Basis:
     qs: Tensor = field(init=False)  # (n, r + k), basis dtype: [Q, S]
     cross: Tensor = field(init=False)  # (r, k) Q^T S, basis dtype
     count: int = 0  # refreshes done
+    fresh: bool = True  # random, or of a factor that began anew: the next one owes it nothing
     due: bool = False  # this step replaces it
     arrived: int = 0  # of its units, on its refresh step
 
@@ -68,10 +72,10 @@ class Basis:
         wide = torch.promote_types(self.qs.dtype, torch.float32)
         return (self.q.to(wide).t() @ self.s.to(wide)).to(self.qs.dtype)
 
-    def load_(self, qs: Tensor, count: int) -> None:
+    def load_(self, qs: Tensor, count: Tensor, fresh: Tensor) -> None:
         self.qs.copy_(qs)
         self.cross.copy_(self._cross())
-        self.count = count
+        self.count, self.fresh = int(count), bool(fresh)
 
     def begin(self, seed: int, device: torch.device, dtype: torch.dtype) -> None:
         """A random basis and probe; on the meta device shapes only."""
@@ -107,14 +111,15 @@ class Unit:
     """One parameter, how it is trained, and the leaves whose gradients autograd hands out for it."""
 
     name: str
-    owner: nn.Module  # its parameter is looked up there: to_empty() replaces it
+    owner: Any  # a module, or an Adapter; its parameter is looked up there: to_empty() replaces it
     leaf_name: str
-    role: str  # matrix | embedding | head | gain | other
+    role: str  # matrix | embedding | head | gain | other; of an adapter: factor | magnitude
     rule: Rule
     scale: float  # its lr is group lr * scale
     decay: float  # decoupled
     store: str  # fp32 | bf16 | int8
     mag: Magnitude | None = None  # None: W is trained as it is, not as magnitude and direction
+    adapter: Adapter | None = None  # whose factor or magnitude this is: its gradient arrives whole
     index: int = 0
     layers: list[ProjectedLinear] = field(default_factory=list)  # that use it; none: dense
     q: Basis | None = None
@@ -169,7 +174,7 @@ class Unit:
         """Leaves on the weight's device in its dtype, with their hooks; again whenever it has moved."""
         for handle in self.hooks:
             handle.remove()
-        if self.projected:
+        if self.projected and not self.adapter:
             w = self.param
             out, width = w.shape
             if self.q and self.p:
@@ -211,17 +216,17 @@ class Unit:
         for leaf in leaves:
             assert leaf is not None and leaf.grad is not None
             grads.append(leaf.grad)
-            if self.projected:
+            if self.projected or self.adapter:
                 leaf.grad = None
         return grads
 
     def drop(self) -> None:
         """Forgets what was accumulated since the last step."""
         self.fired = [0] * (len(self.leaves) + 1)
-        if self.projected:
+        if self.projected or self.adapter:
             for leaf in (*self.leaves, self.full):
-                assert leaf is not None
-                leaf.grad = None
+                if leaf is not None:
+                    leaf.grad = None
 
     def split(self, grads: list[Tensor]) -> tuple[Tensor, Tensor | None]:
         """R and Z (None without a probe) from the leaves' gradients."""

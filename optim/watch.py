@@ -1,14 +1,16 @@
-"""The one hook on the model itself: it counts forwards, and sees when the whole model is traced."""
+"""What others do to the model between our hooks: forwards, a trace of it whole, changed gradients."""
 
 from __future__ import annotations
 
+import warnings
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 if TYPE_CHECKING:
     from .engine import Engine
+    from .unit import Unit
 
 
 WHOLE = (
@@ -33,14 +35,39 @@ class Watch:
     Copies and pickles of the model get one that does nothing.
     """
 
-    def __init__(self, engine: Engine) -> None:
-        self.engine, self.whole = engine, False
+    def __init__(self, engine: Engine, dense: list[Unit]) -> None:
+        """dense: among them is the gradient that is watched."""
+        self.engine, self.whole, self.warned = engine, False, False
+        # What somebody does to gradients between backward and step() shows in the smallest; with no bases it
+        # is their affair.
+        mine = [u for u in dense if engine.bases and not u.projected and not u.adapter]
+        self.smallest = min(mine, key=lambda u: u.param.numel(), default=None)
+        self.copy: tuple[int, Tensor] | None = None  # version and numbers of its gradient
+
+    def seen(self, u: Unit, grad: Tensor) -> None:
+        """A gradient is complete."""
+        if u is self.smallest:
+            self.copy = grad._version, grad.detach().clone()
+
+    def taken(self, u: Unit, grad: Tensor) -> None:
+        """It is used now: warns, once, if it is another."""
+        if u is self.smallest and self.copy is not None:
+            (version, before), self.copy = self.copy, None
+            if not self.warned and grad._version != version and not torch.equal(before, grad):
+                warnings.warn(TOUCHED, stacklevel=5)
+                self.warned = True
 
     def __call__(self, module: nn.Module, args: Any) -> None:
         if torch.compiler.is_compiling():
             self.whole = True  # dynamo replays the write
         elif torch.is_grad_enabled():
             self.engine.forward_begins()
+
+    def warn(self) -> None:
+        """At the end of a step, if the model was traced whole in it."""
+        if self.whole:
+            self.whole = False
+            warnings.warn(WHOLE, stacklevel=3)
 
     def __reduce__(self) -> tuple[Any, ...]:
         return _Nothing, ()

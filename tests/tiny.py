@@ -9,10 +9,12 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 from torch import nn
+from torch.distributed.tensor import DTensor
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from optim import attach, subspace
+from optim.config import AdapterConfig
 from optim.refresh import due
 
 VOCAB, WIDTH, HIDDEN = 40, 16, 24
@@ -91,7 +93,10 @@ def compile_blocks(model, **settings):
 
 
 def flat(model):
-    return torch.cat([p.detach().flatten() for p in model.parameters()])
+    """Its weights as they would be saved: an adapted layer's is not its parameter."""
+    state = model.state_dict()
+    whole = [state[name].detach() for name, _ in model.named_parameters()]
+    return torch.cat([(w.full_tensor() if isinstance(w, DTensor) else w).flatten() for w in whole])
 
 
 def moved(model, start):
@@ -109,11 +114,13 @@ def run(method, steps=6, micro=1, model=None, compiled=False, seed=1, **settings
 
 
 def keys(method):
-    """SETTINGS, but for methods without a basis the lr alone."""
+    """SETTINGS, but for methods without a basis the lr alone. A factor's gradient between bases found from it
+    is near diagonal: with eps=1e-8 Adam makes steps of what is rounding beside the diagonal."""
     from optim.methods import METHODS
 
-    known = METHODS[method].config.__dataclass_fields__
-    return {k: v for k, v in SETTINGS.items() if k in known}
+    kind = METHODS[method].config
+    known = {k: v for k, v in SETTINGS.items() if k in kind.__dataclass_fields__}
+    return known | ({"eps": 1e-6} if kind is AdapterConfig else {})
 
 
 def parallel(world, work, *args):
