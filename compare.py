@@ -4,7 +4,7 @@ twice.
     python compare.py data=FOLDER half_b=FOLDER [out=bench.jsonl] [runs=NAME,NAME] [steps=600] [seeds=0+1]
                       [commit=ID] [beside=3]
     python compare.py plot=curves_60m.png [methods=NAME,NAME] [out=bench.jsonl]
-    python compare.py rows=yes data=FOLDER [out=bench.jsonl] [commit=ID]     rows of bf16 weights, see drift()
+    python compare.py rows=all data=FOLDER [out=bench.jsonl] [commit=ID]     rows of bf16 weights, see drift()
     python compare.py split=validation.json.xz        writes half_a.json.gz and half_b.json.gz here, by work
 
 FOLDER comes from `python -m data.prepare`; its validation split is half A, on which settings are chosen;
@@ -60,16 +60,16 @@ RUNS |= {
 }
 ADAPTER = "gradnormlorp_adapter_8bit"
 RUNS |= {
-    f"{m} lr=0.01 {' '.join(more)}": (m, ["optim.lr=0.01", *(f"optim.{x}" for x in more)])
-    for m, more in (
-        ("gradnormlorp_8bit", ["rounding=nearest"]),
-        ("gradnormlorp_8bit", ["mag_scale=1"]),
-        (ADAPTER, ["normalize=false"]),
-        (ADAPTER, ["project=false"]),
-        (ADAPTER, ["merge_every=0"]),
-        (ADAPTER, ["detach_norm=true"]),
-        (ADAPTER, ["finder=svd"]),
-        (ADAPTER, ["core_rank=32"]),
+    f"{m} lr={lr:g} {' '.join(more)}": (m, [f"optim.lr={lr}", *(f"optim.{x}" for x in more)])
+    for m, lr, more in (
+        ("gradnormlorp_8bit", 0.01, ["rounding=nearest"]),
+        ("gradnormlorp_8bit", 0.01, ["mag_scale=1"]),
+        (ADAPTER, 0.01, ["normalize=false"]),
+        *((ADAPTER, lr, ["project=false"]) for lr in (0.0025, 0.005, 0.01)),
+        (ADAPTER, 0.01, ["merge_every=0"]),
+        (ADAPTER, 0.01, ["detach_norm=true"]),
+        (ADAPTER, 0.01, ["finder=svd"]),
+        (ADAPTER, 0.01, ["core_rank=32"]),
     )
 }
 RUNS |= {
@@ -243,12 +243,12 @@ def plot(record: str, to: str, methods: str | None) -> None:
 
 def drift(args: dict[str, str]) -> None:
     """How far the rows of bf16 weights end from their magnitudes, after 2,000 steps of 16,384 tokens."""
-    for name, more in (
-        ("gradnormlorp_8bit", []),
-        ("gradnormlorp_8bit", ["optim.rounding=nearest"]),
-        ("gradnormlorp_adapter_8bit", []),
-        ("gradnormlorp_adapter_8bit", ["optim.rounding=nearest"]),
-    ):
+    every = [
+        (name, [f"optim.rounding={rounding}"])
+        for name in ("gradnormlorp_8bit", "gradnormlorp_adapter_8bit")
+        for rounding in ("stochastic", "nearest")
+    ]
+    for name, more in every if args["rows"] == "all" else [every[int(args["rows"])]]:
         torch._dynamo.reset()
         with tempfile.TemporaryDirectory() as scratch:
             argv = ["model=llama_60m", "data=tokens", f"data.train={args['data']}", f"optim={name}", *more]

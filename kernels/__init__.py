@@ -10,14 +10,28 @@ from .dispatch import (
     adam_direction,
     choose,
     cross_entropy_,
+    magnitude_,
     plan,
     probe_squares,
     rescale_,
+    row_sums,
     rows_,
     squares,
+    tangent_,
 )
 from .lift import lift_, lift_rows_
-from .reference import PROBE, QUANT, SECOND, Column, dequantise, load, quantise, save_, stochastic_bf16
+from .reference import (
+    PROBE,
+    QUANT,
+    SECOND,
+    Column,
+    dequantise,
+    divisor,
+    load,
+    quantise,
+    save_,
+    stochastic_bf16,
+)
 
 __all__ = [
     "PROBE",
@@ -31,13 +45,17 @@ __all__ = [
     "dequantise",
     "lift_",
     "lift_rows_",
+    "divisor",
     "load",
+    "magnitude_",
     "plan",
     "probe_squares",
     "quantise",
     "rescale_",
+    "row_sums",
     "rows_",
     "save_",
     "squares",
     "stochastic_bf16",
+    "tangent_",
 ]

@@ -128,7 +128,7 @@ def rows_(
     w: Tensor, product: Tensor, keep: Tensor, factor: Tensor, h: Tensor | None, impl: Impl = "auto"
 ) -> None:
     """reference.rows_, same arguments: the end of a lift with row factors."""
-    wide = {t.dtype for t in (product, keep, factor)}
+    wide = {keep.dtype, factor.dtype}
     problem = f"{w.dtype} with {wide}" if w.dtype not in FLOATS or wide != {torch.float32} else ""
     if choose([w, product, keep, factor], impl, FLOATS, problem) == "ref":
         reference.rows_(w, product, keep, factor, h)
@@ -136,6 +136,46 @@ def rows_(
         from . import rows
 
         rows.launch(w, product, keep, factor, h)
+
+
+def tangent_(
+    x: Tensor, a: Tensor, sums: Tensor, mag: Tensor, n: Tensor, least: float, impl: Impl = "auto"
+) -> Tensor:
+    """reference.tangent_, same arguments: s (rows,), and x becomes the direction's gradient."""
+    wide = {t.dtype for t in (sums, mag, n)}
+    problem = f"{x.dtype} with {wide}" if wide != {torch.float32} else ""
+    if choose([x, a, sums, mag, n], impl, FLOATS, problem) == "ref":
+        return reference.tangent_(x, a, sums, mag, n, least)
+    from . import rows
+
+    return rows.launch_tangent(x, a, sums, mag, n, least)
+
+
+def row_sums(step: Tensor, a: Tensor, wide: torch.dtype, impl: Impl = "auto") -> Tensor:
+    """reference.row_sums, same arguments: (2, rows)."""
+    problem = f"dtype {wide}" if wide != torch.float32 else ""
+    if a.stride(1) != 1:
+        problem = "a tensor whose rows are not contiguous"
+    elif a.dtype not in FLOATS:
+        problem = f"dtype {a.dtype}"
+    if choose([step], impl, FLOATS, problem) == "ref":
+        return reference.row_sums(step, a, wide)
+    from . import rows
+
+    return rows.launch_sums(step, a)
+
+
+def magnitude_(
+    state: State, s: Tensor, sums: Tensor, h: Tensor, rate: float,
+    beta1: float, beta2: float, eps: float, least: float, impl: Impl = "auto",
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """reference.magnitude_, same arguments: keep, factor (rows,)."""
+    tensors = [s, sums, h, *(state[k] for k in ("mag", "n", "mag_m", "mag_v"))]
+    if choose(tensors, impl, (torch.float32,)) == "ref":
+        return reference.magnitude_(state, s, sums, h, rate, beta1, beta2, eps, least)
+    from . import rows
+
+    return rows.launch_magnitude(state, s, sums, h, rate, beta1, beta2, eps, least)
 
 
 def squares(

@@ -171,15 +171,70 @@ def rescale_(
         save_(state, name, value, yes, yes, yes)
 
 
+def divisor(mag: Tensor, least: float) -> Tensor:
+    """mag, kept away from zero."""
+    return torch.where(mag < 0, mag.clamp(max=-least), mag.clamp(min=least))
+
+
+def tangent_(
+    x: Tensor,  # (rows, cols) contiguous, any float dtype, in place: G [Q, S]
+    a: Tensor,  # (rows, cols) like x: W [Q, S]
+    sums: Tensor,  # (rows,) wide: sums over tokens of dY * y
+    mag: Tensor,  # (rows,) wide
+    n: Tensor,  # (rows,) wide: lengths of V's rows
+    least: float,  # of |mag| as a divisor
+) -> Tensor:
+    """x <- mag / n (x - s / mag a), what of the gradient is V's; s = sums / mag (rows,) wide: mag's."""
+    mag = divisor(mag, least)
+    s = sums / mag
+    x.copy_((mag / n)[:, None] * (x.to(n.dtype) - (s / mag)[:, None] * a.to(n.dtype)))
+    return s
+
+
+def row_sums(
+    step: Tensor,  # (rows, cols), any float dtype
+    a: Tensor,  # (rows, cols), likewise
+    wide: torch.dtype,
+) -> Tensor:
+    """(2, rows) wide: sums over each row of step * a and of step^2."""
+    step = step.to(wide)
+    return torch.stack([(step * a.to(wide)).sum(1), step.square().sum(1)])
+
+
+def magnitude_(
+    state: dict[str, Tensor],  # "mag", "n" (rows,), "mag_m", "mag_v" (1, rows): wide, in place
+    s: Tensor,  # (rows,) wide: gradient of mag
+    sums: Tensor,  # (2, rows) wide: row_sums of the step of V and mag / n V, in coordinates
+    h: Tensor,  # (8,) Column
+    rate: float,  # mag runs at LR * rate
+    beta1: float,
+    beta2: float,
+    eps: float,
+    least: float,  # of |mag| as a divisor
+) -> tuple[Tensor, Tensor]:
+    """Adam on mag, and the new length of V: W <- keep W + factor dV. keep, factor (rows,) wide. Nothing
+    changes where OK is 0."""
+    mag, n, ok = divisor(state["mag"], least), state["n"], h[Column.OK] > 0
+    moments = {"m": state["mag_m"], "v": state["mag_v"]}
+    moved = adam_direction(s[None], moments, h, beta1, beta2, eps, n.dtype)[0] * rate
+    new = torch.where(ok, h[Column.KEEP], 1.0) * state["mag"] + moved
+    length = (n.square() + 2 * (n / mag) * sums[0] + sums[1]).clamp(min=0).sqrt()
+    length = torch.where(ok, length.clamp(min=torch.finfo(n.dtype).tiny), n)
+    keep = torch.where(ok, new * n / (length * mag), 1.0)
+    state["mag"].copy_(new)
+    n.copy_(length)
+    return keep, new / length
+
+
 def rows_(
     w: Tensor,  # (out, in) any float dtype, in place
-    product: Tensor,  # (out, in) wide
+    product: Tensor,  # (out, in) any float dtype
     keep: Tensor,  # (out,) wide
     factor: Tensor,  # (out,) wide
     h: Tensor | None,  # (8,) Column: a bf16 w is rounded stochastically by its t and index; None: to nearest
 ) -> None:
     """W <- keep W + factor product, row by row, rounded once."""
-    new = w.to(keep.dtype) * keep[:, None] + product * factor[:, None]
+    new = w.to(keep.dtype) * keep[:, None] + product.to(keep.dtype) * factor[:, None]
     if h is not None and w.dtype == torch.bfloat16:
         new = stochastic_bf16(new.view(-1), h[Column.T], h[Column.INDEX] + APART).view(w.shape)
     w.copy_(new)

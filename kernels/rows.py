@@ -1,4 +1,7 @@
-"""The end of a lift with row factors: W read and written once, rounded once. reference.rows_."""
+"""Weights as magnitude times direction, by rows: reference.tangent_, row_sums, magnitude_, rows_.
+
+In torch an update of one matrix takes some fifty launches around its three products; here it is four.
+"""
 
 from __future__ import annotations
 
@@ -7,7 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .adam import TILE, WARPS, _noise, tile
+from .adam import TILE, WARPS, _noise, _step, tile
 from .reference import APART
 
 LANES = 256
@@ -16,7 +19,7 @@ LANES = 256
 @triton.jit
 def rows_kernel(
     w_ptr,  # (rows, cols), in place
-    p_ptr,  # (rows, cols) fp32
+    p_ptr,  # (rows, cols)
     keep_ptr,  # (rows,) fp32
     factor_ptr,  # (rows,) fp32
     row,  # (8,) fp32: reference.Column; read where STOCHASTIC
@@ -32,11 +35,150 @@ def rows_kernel(
     keep = tl.load(keep_ptr + line, mask=inside, other=0.0)[:, None]
     factor = tl.load(factor_ptr + line, mask=inside, other=0.0)[:, None]
     w = tl.load(w_ptr + at, mask=mask, other=0).to(tl.float32)
-    x = w * keep + tl.load(p_ptr + at, mask=mask, other=0.0) * factor
+    x = w * keep + tl.load(p_ptr + at, mask=mask, other=0).to(tl.float32) * factor
     if STOCHASTIC:
         noise = _noise(at, tl.load(row + 4), tl.load(row + 5) + APART)
         x = ((x.to(tl.int32, bitcast=True) + noise) & -65536).to(tl.float32, bitcast=True)
     tl.store(w_ptr + at, x.to(w_ptr.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def _divisor(mag, least):
+    return tl.where(mag < 0, tl.minimum(mag, -least), tl.maximum(mag, least))
+
+
+@triton.jit
+def tangent_kernel(
+    x_ptr,  # (rows, cols), in place
+    a_ptr,  # (rows, cols)
+    sums_ptr,  # (rows,) fp32, like the next three
+    mag_ptr,
+    n_ptr,
+    s_ptr,  # written
+    rows,
+    cols,
+    least,
+    EVEN: tl.constexpr,
+    BLOCKS: tl.constexpr,
+    WIDTH: tl.constexpr,
+):
+    line, col, inside, mask, at, _ = tile(rows, cols, EVEN, BLOCKS, WIDTH)
+    mag = _divisor(tl.load(mag_ptr + line, mask=inside, other=1.0), least)
+    s = tl.load(sums_ptr + line, mask=inside, other=0.0) / mag
+    if tl.program_id(0) % tl.cdiv(cols, WIDTH) == 0:
+        tl.store(s_ptr + line, s, mask=inside)
+    x = tl.load(x_ptr + at, mask=mask, other=0).to(tl.float32)
+    a = tl.load(a_ptr + at, mask=mask, other=0).to(tl.float32)
+    c = mag / tl.load(n_ptr + line, mask=inside, other=1.0)
+    x = c[:, None] * (x - (s / mag)[:, None] * a)
+    tl.store(x_ptr + at, x.to(x_ptr.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def sums_kernel(
+    x_ptr,  # (rows, cols) contiguous
+    a_ptr,  # (rows, cols), of row stride `stride`
+    out_ptr,  # (2, rows) fp32, written
+    rows,
+    cols,
+    stride,
+    LINES: tl.constexpr,
+    WIDTH: tl.constexpr,
+):
+    line = tl.program_id(0) * LINES + tl.arange(0, LINES)
+    lane = tl.arange(0, WIDTH)
+    along = tl.zeros((LINES, WIDTH), tl.float32)
+    square = tl.zeros((LINES, WIDTH), tl.float32)
+    for start in range(0, cols, WIDTH):
+        col = start + lane
+        mask = (line < rows)[:, None] & (col < cols)[None, :]
+        x = tl.load(x_ptr + line.to(tl.int64)[:, None] * cols + col[None, :], mask=mask, other=0)
+        a = tl.load(a_ptr + line.to(tl.int64)[:, None] * stride + col[None, :], mask=mask, other=0)
+        x = x.to(tl.float32)
+        along += x * a.to(tl.float32)
+        square += x * x
+    tl.store(out_ptr + line, tl.sum(along, 1), mask=line < rows)
+    tl.store(out_ptr + rows + line, tl.sum(square, 1), mask=line < rows)
+
+
+@triton.jit
+def magnitude_kernel(
+    mag_ptr,  # (rows,) fp32, as all vectors; in place
+    n_ptr,  # in place
+    m_ptr,  # in place
+    v_ptr,  # in place
+    s_ptr,
+    sums_ptr,  # (2, rows)
+    keep_ptr,  # written
+    factor_ptr,  # written
+    row,  # (8,) fp32: reference.Column
+    rows,
+    rate,
+    least,
+    beta1,
+    rest1,
+    beta2,
+    rest2,
+    eps,
+    WIDTH: tl.constexpr,
+):
+    _, _, inside, mask, at, unit = tile(1, rows, False, 1, WIDTH)
+    old = tl.load(mag_ptr + at, mask=mask, other=1.0)
+    n = tl.load(n_ptr + at, mask=mask, other=1.0)
+    if tl.load(row + 3) > 0:
+        mag = _divisor(old, least)
+        s = tl.load(s_ptr + at, mask=mask, other=0.0)
+        direction = _step(
+            s, m_ptr, v_ptr, m_ptr, v_ptr, s, at, mask, unit, inside, row,
+            beta1, rest1, beta2, rest2, eps, tl.float32, False, True,
+        )  # fmt: skip
+        new = tl.load(row + 1) * old - tl.load(row) * direction * rate
+        along = tl.load(sums_ptr + at, mask=mask, other=0.0)
+        square = tl.load(sums_ptr + rows + at, mask=mask, other=0.0)
+        square = n * n + 2 * (n / mag) * along + square
+        length = tl.maximum(tl.sqrt(tl.maximum(square, 0.0)), 1.1754943508222875e-38)
+        tl.store(mag_ptr + at, new, mask=mask)
+        tl.store(n_ptr + at, length, mask=mask)
+        tl.store(keep_ptr + at, new * n / (length * mag), mask=mask)
+        tl.store(factor_ptr + at, new / length, mask=mask)
+    else:
+        tl.store(keep_ptr + at, tl.full((1, WIDTH), 1.0, tl.float32), mask=mask)
+        tl.store(factor_ptr + at, old / n, mask=mask)
+
+
+def launch_tangent(x: Tensor, a: Tensor, sums: Tensor, mag: Tensor, n: Tensor, least: float) -> Tensor:
+    (rows, cols), s = x.shape, torch.empty_like(sums)
+    blocks = TILE // LANES
+    if x.numel():
+        tangent_kernel[(triton.cdiv(rows, blocks) * triton.cdiv(cols, LANES),)](
+            x, a, sums, mag, n, s, rows, cols, least, EVEN=cols % LANES == 0, BLOCKS=blocks, WIDTH=LANES,
+            num_warps=WARPS,
+        )  # fmt: skip
+    return s
+
+
+def launch_sums(step: Tensor, a: Tensor) -> Tensor:
+    rows, cols = step.shape
+    out = torch.empty(2, rows, dtype=torch.float32, device=step.device)
+    if rows:
+        lines = TILE // LANES
+        sums_kernel[(triton.cdiv(rows, lines),)](
+            step, a, out, rows, cols, a.stride(0), LINES=lines, WIDTH=LANES, num_warps=WARPS
+        )
+    return out
+
+
+def launch_magnitude(
+    state: dict[str, Tensor], s: Tensor, sums: Tensor, h: Tensor, rate: float,
+    beta1: float, beta2: float, eps: float, least: float,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    keep, factor = torch.empty_like(s), torch.empty_like(s)
+    if len(s):
+        magnitude_kernel[(triton.cdiv(len(s), LANES),)](
+            state["mag"], state["n"], state["mag_m"], state["mag_v"], s, sums, keep, factor, h, len(s),
+            rate, least, beta1, 1 - beta1, beta2, 1 - beta2, eps, WIDTH=LANES, num_warps=1,
+        )  # fmt: skip
+    return keep, factor
 
 
 def launch(w: Tensor, product: Tensor, keep: Tensor, factor: Tensor, h: Tensor | None) -> None:

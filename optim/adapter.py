@@ -289,7 +289,7 @@ class Adapter:
         z, h = sums["i"] + zero, sums["j"] + zero
         if self.mag is None or self.n is None:
             return list(zip(self.units, (z, h), strict=True))
-        wide, mag = self.n.dtype, magnitude.divisor(self.mag.detach(), self.j.shape[1])
+        wide, mag = self.n.dtype, kernels.divisor(self.mag.detach(), magnitude.least(self.j))
         s = sums["mag"] / mag + zero
         if not self.how.detach_norm:
             inside, _ = self._inside()

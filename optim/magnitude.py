@@ -63,10 +63,8 @@ def restart(u: Unit) -> None:
     u.state["mag_v"].zero_()
 
 
-def divisor(mag: Tensor, width: int) -> Tensor:
-    """mag, kept away from zero."""
-    least = LEAST * width**0.5
-    return torch.where(mag < 0, mag.clamp(max=-least), mag.clamp(min=least))
+def least(w: Tensor) -> float:
+    return LEAST * float(w.shape[1] ** 0.5)
 
 
 def _refactor(u: Unit) -> None:
@@ -77,20 +75,20 @@ def _refactor(u: Unit) -> None:
 def direction(u: Unit, w: Tensor, grads: list[Tensor]) -> tuple[list[Tensor], Tensor, Tensor | None]:
     """From the leaves' gradients, [R, Z] and the sums of dY * y: [D Q, D S], s (rows,), [A, W S] or None."""
     both, sums = grads
-    mag, n = divisor(u.state["mag"], w.shape[1]), u.state["n"]
-    s = sums[:, 0] / mag
+    mag, n = u.state["mag"], u.state["n"]
     if u.p is not None:
+        s = sums[:, 0] / kernels.divisor(mag, least(w))
         left = (u.p.qs.to(mag.dtype) * (s / n)[:, None]).to(w.dtype)
         return [both - (left.t() @ w).to(both.dtype)], s, None
     assert u.q is not None
     a = w @ u.q.qs.to(w.dtype)
-    d = (mag / n)[:, None] * (both.to(mag.dtype) - (s / mag)[:, None] * a.to(mag.dtype))
-    return [d.to(both.dtype)], s, a
+    s = kernels.tangent_(both, a.to(both.dtype), sums[:, 0], mag, n, least(w))
+    return [both], s, a
 
 
 def direction_of_(u: Unit, w: Tensor, g: Tensor) -> Tensor:
     """A whole gradient G (rows, in) becomes D in place; s (rows,)."""
-    mag, n = divisor(u.state["mag"], w.shape[1]), u.state["n"]
+    mag, n = kernels.divisor(u.state["mag"], least(w)), u.state["n"]
     s = g.new_empty(len(g), dtype=mag.dtype)
     for start in range(0, len(g), ROWS):
         at = slice(start, start + ROWS)
@@ -110,24 +108,16 @@ def step_(
 ) -> None:
     """mag, n and W after one update; nothing changes where the gradient is not finite."""
     assert u.mag is not None
-    state, mag, n, wide = u.state, divisor(u.state["mag"], w.shape[1]), u.state["n"], u.state["n"].dtype
-    ok = h[Column.OK] > 0
-    moments = {"m": state["mag_m"], "v": state["mag_v"]}
-    moved = u.mag.rule.step_(s[None], moments, h, wide)[0] * (u.mag.rate / u.scale)
-    new = torch.where(ok, h[Column.KEEP], 1.0) * state["mag"] + moved
-    dv = step.to(wide)
+    rule, wide = u.mag.rule, u.state["n"].dtype
     if u.p is None:
         assert a is not None and u.q is not None
         left, right = step, u.q.q.t()
-        along, square = (n / mag) * (dv * a.to(wide)).sum(1), dv.square().sum(1)
+        sums = kernels.row_sums(step, a, wide)
     else:
-        left, right, p = u.p.q, step, u.p.q.to(wide)
-        along = (n / mag) * (p * (w @ step.t().to(w.dtype)).to(wide)).sum(1)
-        square = (p * (p @ (dv @ dv.t()))).sum(1)
-    length = (n.square() + 2 * along + square).clamp(min=0).sqrt()
-    length = torch.where(ok, length.clamp(min=torch.finfo(wide).tiny), n)
-    keep = torch.where(ok, new * n / (length * mag), 1.0)
-    kernels.lift_rows_(w, left, right, keep, new / length, h if u.mag.stochastic else None)
-    state["mag"].copy_(new)
-    n.copy_(length)
+        left, right, p, dv = u.p.q, step, u.p.q.to(wide), step.to(wide)
+        along = (p * (w @ step.t().to(w.dtype)).to(wide)).sum(1)
+        sums = torch.stack([along, (p * (p @ (dv @ dv.t()))).sum(1)])
+    rate, betas = u.mag.rate / u.scale, (rule.beta1, rule.beta2, rule.eps)
+    keep, factor = kernels.magnitude_(u.state, s, sums, h, rate, *betas, least(w))
+    kernels.lift_rows_(w, left, right, keep, factor, h if u.mag.stochastic else None)
     _refactor(u)

@@ -23,7 +23,7 @@ class Method:
     defaults: dict[str, Any] = field(default_factory=dict)
 
 
-def adam(cfg: OptimConfig) -> Rule:
+def adam(cfg: OptimConfig) -> Adam:
     return Adam(cfg.beta1, cfg.beta2, cfg.eps)
 
 

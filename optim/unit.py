@@ -26,6 +26,7 @@ from torch.distributed.tensor import DTensor
 from . import kernels, moments, subspace
 from .layer import ProjectedLinear, coordinate
 from .rules import Rule
+from .rules.adam import Adam
 
 if TYPE_CHECKING:
     from .adapter import Adapter
@@ -102,7 +103,7 @@ class Magnitude:
     """How a unit's magnitude is trained: magnitude.py."""
 
     rate: float  # its lr is group lr * rate
-    rule: Rule
+    rule: Adam
     stochastic: bool  # rounding of bf16 weights
 
 

@@ -272,7 +272,7 @@ class Twice(nn.Module):
 
 
 @pytest.mark.parametrize("segments", [None, False])
-@kills("optim/attach.py", "users[id(module.weight)].append(module)", "users[id(module.weight)] = [module]")
+@kills("optim/assign.py", "users[id(module.weight)].append(module)", "users[id(module.weight)] = [module]")
 def test_one_coordinate_a_weight(segments):
     model, plain = Twice(segments), Twice()
     opt = attach(model, "galore_sgd", lr=1e-2, scale=1.0, rank=4, refresh_every=50)
@@ -309,7 +309,7 @@ def test_tied_embedding_is_dense():
 
 @kills("optim/refresh.py", "whole if b.side", "whole[:1] if b.side")
 @kills("optim/engine.py", "if b.due and b.arrived == len(b.units):", "if b.due and b.arrived == 1:")
-@kills("optim/attach.py", "family = family_of(u) if cfg.share", "family = u.name if cfg.share")
+@kills("optim/assign.py", "family = family_of(u) if cfg.share", "family = u.name if cfg.share")
 def test_a_shared_basis_is_that_of_the_stacked_weight_invariant_48():
     """q, k, v with one basis train as one linear layer of their rows."""
 

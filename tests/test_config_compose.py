@@ -19,6 +19,7 @@ from configs.schema import Config, ConfigError, from_yaml, methods, to_yaml
 from configs.values import get, leaves, put
 from llama.config import num_block_params, num_params
 from optim.config import (
+    BasisConfig,
     OptimConfig,
     ProjectedConfig,
     default_lr,
@@ -198,12 +199,14 @@ def test_values_keep_what_was_typed() -> None:
 def test_methods_are_the_group_files() -> None:
     low = ["galore", "galore_8bit", "galore_sgd"]
     magnitudes = ["gradnormlorp", "gradnormlorp_8bit"]
-    assert methods("adamw") == ["adamw", "adamw_8bit", *low, *magnitudes]
+    adapters = ["gradnormlorp_adapter", "gradnormlorp_adapter_8bit"]
+    assert methods("adamw") == ["adamw", "adamw_8bit", *low, *magnitudes, *adapters]
+    assert methods("low-rank") == [*low, *magnitudes, *adapters] and methods("adapter") == adapters
     assert methods("projected") == [*low, *magnitudes] and methods("magnitude") == magnitudes
     for name in group_options("optim"):
         cfg = parse([f"optim={name}"])
         assert cfg.optim.name == name and cfg.optim.moments == ("int8" if "8bit" in name else "fp32")
-        assert isinstance(cfg.optim, ProjectedConfig) == (name not in ("adamw", "adamw_8bit"))
+        assert isinstance(cfg.optim, BasisConfig) == (name not in ("adamw", "adamw_8bit"))
         assert cfg.run.name == f"llama_60m_{name}_0"
         assert cfg.check() == []
     every = [
@@ -221,9 +224,15 @@ def test_keys_of_projected_methods() -> None:
         (line,) = problems_of(argv)
         assert (
             line
-            == "optim.rank=64: belongs to projected methods; choose optim=galore, galore_8bit, galore_sgd, "
-            "gradnormlorp or gradnormlorp_8bit"
+            == "optim.rank=64: belongs to low-rank methods; choose optim=galore, galore_8bit, galore_sgd, "
+            "gradnormlorp, gradnormlorp_8bit, gradnormlorp_adapter or gradnormlorp_adapter_8bit"
         )
+    (line,) = problems_of(["optim=galore", "optim.merge_every=9"])
+    assert line.endswith("adapter methods; choose optim=gradnormlorp_adapter or gradnormlorp_adapter_8bit")
+    (line,) = problems_of(["optim=gradnormlorp_adapter", "optim.side=output"])
+    assert "projected methods; choose optim=galore, " in line and "adapter" not in line
+    (line,) = problems_of(["optim=galore", "optim.mag_scale=1"])
+    assert "magnitude methods; choose optim=gradnormlorp, " in line and "gradnormlorp_adapter" in line
     first, second, third = problems_of(["optim.rank=64", "stepz=3", "optim.beta1=2"])
     assert first.startswith("stepz=3: ") and second.startswith("optim.rank=64: belongs")
     assert third.startswith("optim.beta1=2: ")
@@ -240,7 +249,7 @@ def test_a_recipe_may_choose_a_projected_method(folder: Path) -> None:
     cfg = parse(["experiment=mine", "optim.side=both"], folder)
     assert isinstance(cfg.optim, ProjectedConfig) and (cfg.optim.rank, cfg.optim.side) == (7, "both")
     (line,) = problems_of(["experiment=mine", "optim=adamw"], folder)
-    assert line.startswith(f"{path}: optim.rank=7: belongs to projected methods; choose optim=galore, ")
+    assert line.startswith(f"{path}: optim.rank=7: belongs to low-rank methods; choose optim=galore, ")
     path = folder / "experiment" / "wrong.yaml"
     path.write_text(text.format("many"))
     (line,) = problems_of(["experiment=wrong"], folder)

@@ -115,10 +115,10 @@ def apart(a, b):
 
 
 @pytest.mark.parametrize("dtype", BOUNDS, ids=str)
-@kills("optim/attach.py", '"paper": "input" if out >= width', '"paper": "input" if out > width')
-@kills("optim/attach.py", "if cfg.share and side", "if side")
+@kills("optim/assign.py", '"paper": "input" if out >= width', '"paper": "input" if out > width')
+@kills("optim/assign.py", "if cfg.share and side", "if side")
 @kills("optim/refresh.py", "return update % every == 0", "return update % every == 1")
-@kills("optim/refresh.py", "first=b.count == 0,", "first=True,")
+@kills("optim/refresh.py", "first=b.fresh,", "first=True,")
 @kills("optim/refresh.py", "policy = self.transport", 'policy = "rotate"')
 @kills("optim/subspace.py", "v = v[:, :rank]", "v = v[:, -rank:]")
 @kills("optim/scalars.py", "[lr * scale, 1 - lr * decay]", "[lr, 1 - lr * decay]")

@@ -82,21 +82,21 @@ def weights(model, engine):
 @pytest.mark.parametrize("micro", [1, 4])
 @pytest.mark.parametrize("side", ["input", "output", "paper"])
 @pytest.mark.parametrize("settings", [{}, {"decay": 0.3}, {"mag_scale": 1.0, "share": False}], ids=str)
-@kills("optim/magnitude.py", "(s / mag)[:, None] * a.to(mag.dtype)", "0 * a.to(mag.dtype)")
-@kills("optim/magnitude.py", "n.square() + 2 * along + square", "n.square() + 2 * along")
-@kills("optim/magnitude.py", "n.square() + 2 * along + square", "n.square() + square")
-@kills("optim/magnitude.py", "new * n / (length * mag)", "new / mag")
-@kills("optim/magnitude.py", "keep, new / length, h", "keep, new / n, h")
-@kills("optim/magnitude.py", "(u.mag.rate / u.scale)", "1.0")
-@kills("optim/magnitude.py", "s = sums[:, 0] / mag", "s = sums[:, 0]")
+@kills("kernels/reference.py", "(s / mag)[:, None] * a.to(n.dtype)", "0 * a.to(n.dtype)")
+@kills("kernels/reference.py", "(n / mag) * sums[0] + sums[1]", "(n / mag) * sums[0]")
+@kills("kernels/reference.py", "n.square() + 2 * (n / mag) * sums[0]", "n.square() + 0 * sums[0]")
+@kills("kernels/reference.py", "new * n / (length * mag)", "new / mag")
+@kills("kernels/reference.py", "return keep, new / length", "return keep, state['mag'] / length * 1.01")
+@kills("optim/magnitude.py", "u.mag.rate / u.scale", "1.0")
+@kills("optim/magnitude.py", "s = sums[:, 0] / kernels.divisor(mag, least(w))", "s = sums[:, 0]")
 @kills("optim/layer.py", "left = (dy * factor).to(dy.dtype)", "pass")
 @kills(
     "optim/magnitude.py", 'state["factor"].copy_(u.state["mag"] / u.state["n"])', 'state["factor"].fill_(1)'
 )
-@kills("optim/magnitude.py", "square = (p * (p @ (dv @ dv.t()))).sum(1)", "square = 0 * p.sum(1)")
+@kills("optim/magnitude.py", "(p * (p @ (dv @ dv.t()))).sum(1)", "0 * p.sum(1)")
 @kills("optim/magnitude.py", "(part - (s[at] / mag[at])[:, None] * own)", "part")
 @kills("optim/magnitude.py", "(part * own).sum(1) / mag[at]", "(part * own).sum(1)")
-@kills("optim/magnitude.py", "h[Column.KEEP], 1.0) * state", "1.0, 1.0) * state")
+@kills("kernels/reference.py", "h[Column.KEEP], 1.0) * state", "1.0, 1.0) * state")
 def test_equals_explicit_magnitude_and_direction_invariant_29(side, settings, micro):
     """(W, mag, n) in coordinates = (V, mag) under autograd: 9 updates, refreshes, micro-batches."""
     settings = {**SETTINGS, "side": side, **settings}
@@ -121,8 +121,8 @@ def single(dtype=torch.float64, out=12, n=20, side="input", **settings):
 
 
 @pytest.mark.parametrize("side", ["input", "output"])
-@kills("optim/magnitude.py", "s = sums[:, 0] / mag", "s = sums[:, 0] / n")
-@kills("optim/magnitude.py", "(mag / n)[:, None] * (both", "(n / mag)[:, None] * (both")
+@kills("kernels/reference.py", "s = sums / mag", "s = sums / n")
+@kills("kernels/reference.py", "(mag / n)[:, None] * (x.to", "(n / mag)[:, None] * (x.to")
 @kills("optim/magnitude.py", "(s / n)[:, None]", "(s / mag)[:, None]")
 @kills("optim/magnitude.py", "(mag[at] / n[at])[:, None] * (part", "(part")
 def test_coordinates_are_those_of_the_whole_gradient_invariant_29b(side):
@@ -146,8 +146,8 @@ def test_coordinates_are_those_of_the_whole_gradient_invariant_29b(side):
 
 
 @kills("optim/magnitude.py", "(part - (s[at] / mag[at])[:, None] * own)", "(part - own)")
-@kills("optim/magnitude.py", "n.copy_(length)", "pass")
-@kills("optim/magnitude.py", 'state["mag"].copy_(new)', "pass")
+@kills("kernels/reference.py", "n.copy_(length)", "pass")
+@kills("kernels/reference.py", 'state["mag"].copy_(new)', "pass")
 def test_rows_keep_their_magnitude_and_the_direction_is_tangential_invariant_26():
     """||W_row|| = |mag| and n = ||V_row|| after 20 updates between refreshes; each row of D is orthogonal to
     V's; the gradient does not depend on the length of V."""
@@ -193,7 +193,7 @@ def test_a_refresh_reads_the_magnitudes_as_stored():
             assert (u.param.norm(dim=1) / u.state["mag"] - 1).abs().max() < 2.5e-3
 
 
-@kills("optim/magnitude.py", "mag.clamp(min=least)", "mag")
+@kills("kernels/reference.py", "mag.clamp(min=least)", "mag")
 def test_a_magnitude_that_passes_zero_goes_on():
     opt, u, w = single()
     w[2], u.state["mag"][2] = 0, 0  # as after an update that happened to end there
@@ -215,18 +215,23 @@ def test_rows_of_zeros_are_refused():
 
 
 @kills("kernels/reference.py", "if h is not None and w.dtype == torch.bfloat16", "if False")
-@kills("optim/attach.py", 'cfg.rounding == "stochastic"', "False")
+@kills(
+    "optim/assign.py",
+    'how = Magnitude(cfg.mag_scale, adam(cfg), cfg.rounding == "stochastic")',
+    "how = Magnitude(cfg.mag_scale, adam(cfg), False)",
+)
 def test_bf16_rows_keep_their_magnitude_over_2000_updates():
     """||W_row|| / |mag| - 1, root mean square over rows, 249 updates after a refresh read the norms. Rounded
-    to nearest, factors within 2^-9 of one are lost; stochastically, they come with noise."""
+    to nearest, factors within 2^-9 of one are lost; stochastically, they come with noise, which falls with
+    the root of the width (at 1024: 0.9 to 1.0e-3)."""
     off = {}
     for rounding in ("stochastic", "nearest"):
         settings = {"rank": 16, "refresh_every": 250, "rounding": rounding, "lr": 1e-3}
-        opt, u, w = single(torch.bfloat16, out=64, n=1024, **settings)
-        target = torch.randn(64, 1024, generator=torch.Generator().manual_seed(1)) * 0.03
+        opt, u, w = single(torch.bfloat16, out=64, n=2048, **settings)
+        target = torch.randn(64, 2048, generator=torch.Generator().manual_seed(1)) * 0.02
         g = torch.Generator().manual_seed(2)
         for _ in range(2000):
-            x = torch.randn(4, 1024, generator=g)
+            x = torch.randn(4, 2048, generator=g)
             (u.layers[0](x.bfloat16()).float() - x @ target.T).square().mean().backward()
             opt.step()
             opt.zero_grad()

@@ -31,7 +31,8 @@ def check(kernel, arguments, constants, warps, aligned, card, what):
     ptx = built.asm["ptx"]
     loads = ptx.count("ld.global.v4") + ptx.count("cp.async.cg.shared.global")
     wide = [loads, ptx.count("st.global.v4")]
-    sums = kernel in (norms.squares_kernel, norms.probe_kernel)  # they store single numbers
+    # these store single numbers
+    sums = kernel in (norms.squares_kernel, norms.probe_kernel, rows.sums_kernel)
     needed = wide[:1] if sums else wide
     ok = len(built.asm["cubin"]) > 0 and built.metadata.shared <= SHARED
     ok &= aligned is None or min(needed) > 0
@@ -80,14 +81,31 @@ def cases():
         what = f"rescale {'signed' if signed else 'unsigned'} {width} {whole}"
         yield rescale.rescale_kernel, arguments, constants, adam.WARPS, aligned, what
     for dtype, stochastic, whole in itertools.product(norms.DTYPES, (True, False), (True, False)):
-        arguments = {"w_ptr": f"*{TYPES[dtype]}"}
-        arguments |= dict.fromkeys(("p_ptr", "keep_ptr", "factor_ptr", "row"), "*fp32")
+        arguments = dict.fromkeys(("w_ptr", "p_ptr"), f"*{TYPES[dtype]}")
+        arguments |= dict.fromkeys(("keep_ptr", "factor_ptr", "row"), "*fp32")
         arguments |= {"rows": "i32", "cols": "i32"}
         constants = {"STOCHASTIC": stochastic, "APART": rows.APART, "EVEN": whole}
         constants |= {"BLOCKS": adam.TILE // rows.LANES, "WIDTH": rows.LANES}
         aligned = [n for n in arguments if n != "rows"] if whole else None
         what = f"rows {dtype} {'stochastic' if stochastic else 'nearest'} {whole}"
         yield rows.rows_kernel, arguments, constants, adam.WARPS, aligned, what
+    for dtype, whole in itertools.product(norms.DTYPES, (True, False)):
+        arguments = dict.fromkeys(("x_ptr", "a_ptr"), f"*{TYPES[dtype]}")
+        arguments |= dict.fromkeys(("sums_ptr", "mag_ptr", "n_ptr", "s_ptr"), "*fp32")
+        arguments |= {"rows": "i32", "cols": "i32", "least": "fp32"}
+        constants = {"EVEN": whole, "BLOCKS": adam.TILE // rows.LANES, "WIDTH": rows.LANES}
+        # 1040 columns, of which 16 are the probe's, are a multiple of 16, not of 256
+        aligned = [n for n in arguments if n not in ("rows", "least")]
+        yield rows.tangent_kernel, arguments, constants, adam.WARPS, aligned, f"tangent {dtype} {whole}"
+        if whole:
+            arguments = dict.fromkeys(("x_ptr", "a_ptr"), f"*{TYPES[dtype]}")
+            arguments |= {"out_ptr": "*fp32", "rows": "i32", "cols": "i32", "stride": "i32"}
+            constants = {"LINES": adam.TILE // rows.LANES, "WIDTH": rows.LANES}
+            yield rows.sums_kernel, arguments, constants, adam.WARPS, list(arguments), f"row sums {dtype}"
+    arguments = dict.fromkeys(("mag_ptr", "n_ptr", "m_ptr", "v_ptr", "s_ptr", "sums_ptr"), "*fp32")
+    arguments |= dict.fromkeys(("keep_ptr", "factor_ptr", "row"), "*fp32")
+    arguments |= {"rows": "i32", "rate": "fp32", "least": "fp32"} | BETAS
+    yield rows.magnitude_kernel, arguments, {"WIDTH": rows.LANES}, 1, None, "magnitudes"
     for dtype, grad in cross_entropy.VARIANTS:
         arguments = {"logits": f"*{TYPES[dtype]}", "labels": "*i64", "nll": "*fp32"}
         arguments |= {"V": "i32", "ignore": "i32"}

@@ -11,12 +11,15 @@ from kernels import (
     adam_,
     adam_direction,
     cross_entropy_,
+    magnitude_,
     plan,
     probe_squares,
     rescale_,
+    row_sums,
     rows_,
     save_,
     squares,
+    tangent_,
 )
 from kernels.adam import DIRECTION_VARIANTS, VARIANTS
 from kernels.reference import Column
@@ -227,12 +230,49 @@ def rescaled():
     report(worst.verdict() and ok, "rescale", dict(worst))
 
 
+def magnitudes(dtype):
+    """tangent_, row_sums and magnitude_: rows of either sign and one near zero, updated and skipped."""
+    worst, ok, g = Worst(), True, torch.Generator().manual_seed(0)
+    for shape in PROJECTED:
+        x, a = (torch.randn(shape, generator=g).to(dtype) for _ in range(2))
+        mag, n, sums = (
+            torch.randn(shape[0], generator=g),
+            1 + torch.rand(shape[0], generator=g),
+            x[:, 0].float().clone(),
+        )
+        mag[0] = -1e-30
+        x, ref, before = guarded(x), x.clone(), x.clone()
+        s = tangent_(x, a, sums, mag, n, 1e-3, impl="triton")
+        want = tangent_(ref, a, sums, mag, n, 1e-3, impl="ref")
+        worst.compare("w", guarded(s), want, torch.zeros_like(want))
+        worst.compare("w", x, ref, before)
+        apart = torch.full((shape[0], shape[1] + 3), float("nan")).to(dtype)[:, : shape[1]].copy_(a)
+        step = (torch.randn(shape, generator=g) / 100).to(dtype)
+        got, two = (row_sums(step, apart, torch.float32, impl=i) for i in ("triton", "ref"))
+        ok &= torch.allclose(got, two, rtol=1e-5, atol=1e-6)
+        state = {"mag": mag, "n": n, "mag_m": sums[None] / 9, "mag_v": sums[None].square() / 5}
+        for skipped in (False, True):
+            h = table_of(1)[0]
+            h[Column.OK] = 0 if skipped else 1
+            old, copy = copies([state])[0], copies([state])[0]
+            outs = magnitude_(state, s, two, h, 0.5, *BETAS, 1e-3, impl="triton")
+            wants = magnitude_(copy, s, two, h, 0.5, *BETAS, 1e-3, impl="ref")
+            for name, t in state.items():
+                ok &= torch.allclose(t, copy[name], rtol=2e-6, atol=1e-9) and (
+                    skipped == torch.equal(t, old[name])
+                )
+            ok &= all(torch.allclose(x, y, rtol=4e-6, atol=0) for x, y in zip(outs, wants, strict=True))
+            ok &= not skipped or torch.equal(outs[0], torch.ones_like(s))
+    report(worst.verdict() and ok, "magnitudes", dtype, dict(worst))
+
+
 def row_factors(dtype, stochastic):
     """Factors near and far from one; one row infinite."""
     worst, g = Worst(), torch.Generator().manual_seed(0)
     for shape in PROJECTED:
         w = guarded(torch.randn(shape, generator=g).to(dtype))
-        product, before, h = torch.randn(shape, generator=g) / 100, w.clone(), table_of(1)[0]
+        product = (torch.randn(shape, generator=g) / 100).to(dtype)
+        before, h = w.clone(), table_of(1)[0]
         keep = 1 + torch.randn(shape[0], generator=g) / 1000
         factor = torch.randn(shape[0], generator=g)
         product[-1, -1] = float("inf")
@@ -249,6 +289,7 @@ def row_factors(dtype, stochastic):
 failed = False
 rescaled()
 for dtype in (torch.float32, torch.bfloat16):
+    magnitudes(dtype)
     for stochastic in (False, True):
         row_factors(dtype, stochastic)
 for dtype in (torch.float32, torch.bfloat16):
