@@ -99,7 +99,7 @@ SECTIONS = {"low-rank": LOW_RANK, "projected": PROJECTED, "magnitude": MAGNITUDE
 
 
 def help_text() -> str:
-    """The whole text, about 100 lines."""
+    """The whole text, about 90 lines."""
     cfg = Config()
     lines = [HEAD, "Groups, chosen with GROUP=OPTION (first the default):"]
     defaults = {"model": "llama_60m", "optim": "adamw", "data": "c4", "activations": "plain"}
@@ -119,7 +119,10 @@ def help_text() -> str:
     for schema, phrases in SECTIONS.items():
         names = methods(schema)
         cfg = blank(names[0])
-        lines += ["", *textwrap.wrap(f"Keys and defaults of {schema} methods ({', '.join(names)}):", 80)]
+        short = [f"{n}(_8bit)" if f"{n}_8bit" in names else n for n in names if not n.endswith("_8bit")]
+        if schema == "low-rank":
+            lines.append("")
+        lines += textwrap.wrap(f"Of {schema} methods, {', '.join(short)}:", 80, break_on_hyphens=False)
         lines += [line(cfg, key, phrases) for key in leaves(cfg) if key in phrases]
     return "\n".join([*lines, "", TAIL])
 
