@@ -294,7 +294,7 @@ class Engine(torch.optim.Optimizer):
             h, w = self.scalars.table[u.index], local(u.param)
             n = u.rule.step_(r, u.state, h, w.dtype)
             if x.s is not None:
-                magnitude.step_(u, w, n, x.s, None if x.a is None else x.a[:, : r.shape[1]], h)
+                magnitude.step_(u, w, n, x.s, x.a, h, self.updates)
                 continue
             u.lift_(n, torch.where(h[Column.OK] > 0, h[Column.KEEP], 1.0) if u.decay else None)
         for rule, some in dense.items():

@@ -9,7 +9,7 @@ from torch import nn
 from optim import attach, subspace
 from optim.adapter import AdaptedLinear
 from tests.mutants import kills
-from tests.tiny import Tiny, batches, flat, moved, train
+from tests.tiny import Tiny, batches, flat, moved, parallel, train
 
 START = flat(Tiny())
 SETTINGS = {"lr": 1e-2, "rank": 6, "core_rank": 4, "refresh_every": 3, "eps": 1e-5}
@@ -172,6 +172,23 @@ def test_equals_autograd_through_the_materialised_weight_invariant_27(settings, 
     merges = settings.get("merge_every") != 0
     assert all((a.merges >= 1) == merges for a in opt.adapters)
     assert all(b.count >= 2 for b in opt.bases)
+
+
+def on_rank(rank, world, micro, settings):
+    import torch.distributed as dist
+
+    model, group = Tiny(), dist.group.WORLD
+    opt = attach(model, "gradnormlorp_adapter", accum_steps=micro, group=group, reduce="sum", **settings)
+    train(model, opt, batches(9), micro, rank=rank, world=world)
+    return flat(model)
+
+
+def test_two_ranks_equal_autograd_through_the_materialised_weight_invariant_27():
+    plain = Tiny()
+    oracle = AdapterOracle(plain, attach(Tiny(), "gradnormlorp_adapter", **SETTINGS))
+    train(plain, oracle, batches(9))
+    for got in parallel(2, on_rank, 2, SETTINGS):
+        assert (got - weights(plain, oracle)).norm() <= 1e-10 * (got - START).norm()
 
 
 def single(dtype=torch.float64, out=12, n=20, **settings):

@@ -582,6 +582,16 @@ def test_parsing_leaves_hydra_and_the_defaults_alone() -> None:
     assert second.optim.lr is None and parse([]).optim.lr is None, "two calls share nothing"
 
 
+def test_the_7b_recipe_is_the_published_run() -> None:
+    cfg = parse(["experiment=llama_7b"]).resolved()
+    assert (cfg.optim.name, cfg.data.name, cfg.run.name) == (
+        "gradnormlorp_8bit", "c4", "llama_7b_gradnormlorp_8bit_0"
+    )  # fmt: skip
+    assert isinstance(cfg.optim, ProjectedConfig)
+    assert (cfg.optim.rank, cfg.optim.refresh_every, cfg.optim.lr) == (1024, 250, 0.005)
+    assert cfg.steps * cfg.tokens_per_step == 80_000 * 512 * 256 and cfg.accumulation(1) == 32
+
+
 def test_the_makefile_reads_the_quickstart_run() -> None:
     cfg, make = parse(["experiment=quickstart"]), (ROOT / "Makefile").read_text()
     assert f"OPTIM ?= {cfg.optim.name}\n" in make and "quickstart optim=$(OPTIM) " in make

@@ -6,7 +6,7 @@ from torch import nn
 
 from optim import attach, magnitude
 from tests.mutants import kills
-from tests.tiny import SETTINGS, Oracle, Tiny, batches, flat, moved, run, train
+from tests.tiny import SETTINGS, Oracle, Tiny, batches, flat, moved, parallel, run, train
 
 START = flat(Tiny())
 
@@ -108,6 +108,25 @@ def test_equals_explicit_magnitude_and_direction_invariant_29(side, settings, mi
     assert all(b.count >= 3 for b in opt.bases)
     assert (flat(model) - weights(plain, opt)).norm() <= 1e-10 * moved(model, START)
     assert losses == pytest.approx(expected, rel=1e-10)
+
+
+def on_rank(rank, world, micro, settings):
+    import torch.distributed as dist
+
+    model = Tiny()
+    opt = attach(model, "gradnormlorp", accum_steps=micro, group=dist.group.WORLD, reduce="sum", **settings)
+    train(model, opt, batches(9), micro, rank=rank, world=world)
+    return flat(model)
+
+
+@pytest.mark.parametrize("side", ["input", "output"])
+def test_two_ranks_equal_explicit_magnitude_and_direction_invariant_29(side):
+    settings = {**SETTINGS, "side": side}
+    plain = Tiny()
+    oracle = ExplicitOracle(plain, attach(Tiny(), "gradnormlorp", **settings))
+    train(plain, oracle, batches(9))
+    for got in parallel(2, on_rank, 2, settings):
+        assert (got - weights(plain, oracle.engine)).norm() <= 1e-10 * (got - START).norm()
 
 
 def single(dtype=torch.float64, out=12, n=20, side="input", **settings):
@@ -215,26 +234,30 @@ def test_rows_of_zeros_are_refused():
 
 
 @kills("kernels/reference.py", "if h is not None and w.dtype == torch.bfloat16", "if False")
+@kills("optim/magnitude.py", "if (update + u.index) % READ == 0:", "if False:")
 @kills(
     "optim/assign.py",
     'how = Magnitude(cfg.mag_scale, adam(cfg), cfg.rounding == "stochastic")',
     "how = Magnitude(cfg.mag_scale, adam(cfg), False)",
 )
 def test_bf16_rows_keep_their_magnitude_over_2000_updates():
-    """||W_row|| / |mag| - 1, root mean square over rows, 249 updates after a refresh read the norms. Rounded
-    to nearest, factors within 2^-9 of one are lost; stochastically, they come with noise, which falls with
-    the root of the width (at 1024: 0.9 to 1.0e-3)."""
+    """||W_row|| / |mag| - 1, root mean square over rows, at its worst in the last 250 of 2,000 updates.
+    Rounded to nearest, factors within 2^-9 of one are lost; stochastically, they come with noise, which falls
+    with the root of the width."""
     off = {}
     for rounding in ("stochastic", "nearest"):
         settings = {"rank": 16, "refresh_every": 250, "rounding": rounding, "lr": 1e-3}
-        opt, u, w = single(torch.bfloat16, out=64, n=2048, **settings)
-        target = torch.randn(64, 2048, generator=torch.Generator().manual_seed(1)) * 0.02
+        opt, u, w = single(torch.bfloat16, out=64, n=512, **settings)
+        target = torch.randn(64, 512, generator=torch.Generator().manual_seed(1)) * 0.04
         g = torch.Generator().manual_seed(2)
-        for _ in range(2000):
-            x = torch.randn(4, 2048, generator=g)
+        off[rounding] = 0.0
+        for n in range(2000):
+            x = torch.randn(4, 512, generator=g)
             (u.layers[0](x.bfloat16()).float() - x @ target.T).square().mean().backward()
             opt.step()
             opt.zero_grad()
+            if n >= 1750:
+                rows = w.float().norm(dim=1) / u.state["mag"].abs() - 1
+                off[rounding] = max(off[rounding], float(rows.square().mean().sqrt()))
         assert u.q.count == 8
-        off[rounding] = float((w.float().norm(dim=1) / u.state["mag"].abs() - 1).square().mean().sqrt())
     assert off["stochastic"] <= 1e-3 < 5e-3 < off["nearest"], off
