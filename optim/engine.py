@@ -146,8 +146,6 @@ class Engine(torch.optim.Optimizer):
         self._ready: set[int] = set()
         self._next, self._pass, self._forwards, self._opened = 0, 1, 0, False
         self._flight: list[tuple[Unit, Flight]] = []
-        self._held: dict[int, Tensor] = {}  # G of units whose basis waits for its other units
-        self._s: dict[int, Tensor] = {}  # and the gradient of their magnitudes
         self._landed: list[Landed] = []
         self._waiting = 0  # bytes of it
         for b in self.bases:
@@ -157,6 +155,8 @@ class Engine(torch.optim.Optimizer):
             else:
                 b.due = due(b.index, len(self.bases), self.updates, self.every, self._warmup, together)
             b.arrived = 0
+        self._alone = self.in_backward and sum(b.due for b in self.bases) == 1
+        self.refresher.held.clear()
         for u in self.units:
             u.fired = [0] * len(u.fired)
             u.refresh = u.adapter is None and any(b.due for b in u.bases)
@@ -243,23 +243,21 @@ class Engine(torch.optim.Optimizer):
             self._flush()
 
     def _refresh(self, u: Unit, g: Tensor) -> None:
-        """Holds G until all units of the basis have theirs; then they get the new basis, and R from it."""
+        """G, or of a factor any gradient, waits for its basis: not longer than needed, unless one G is all
+        that waits. Then the basis is found in step(), when no activations lie beside it."""
+        s = None
         if u.mag:
             magnitude.resume(u, local(u.param))
-            self._s[u.index] = magnitude.direction_of_(u, local(u.param), g)
-        self._held[u.index] = g
-        for b in u.bases:
-            b.arrived += b.due
-            if b.due and b.arrived == len(b.units):
-                for m, anew in self.refresher.replace_(b, [self._held[m.index] for m in b.units]):
-                    if anew:
-                        self.scalars.start_anew(m)
-                b.due = False
-        for m in dict.fromkeys(m for b in u.bases for m in b.units):
-            if m.index in self._held and not any(b.due for b in m.bases):
-                g = self._held.pop(m.index)
-                a = local(m.param) @ m.q.q.to(g.dtype) if m.mag and m.q else None
-                self._hold("whole", m, m.coordinates(g), g, self._s.pop(m.index, None), a)
+            s = magnitude.direction_of_(u, local(u.param), g)
+        self.refresher.arrive(u, g, s)
+        if u.adapter or not self._alone:
+            self._found()
+
+    def _found(self) -> None:
+        """New bases where all gradients are there, and R from them."""
+        for u, g, s in self.refresher.ready(self.scalars):
+            a = local(u.param) @ u.q.q.to(g.dtype) if s is not None and u.q else None
+            self._hold("whole", u, u.coordinates(g), g, s, a)
 
     def _hold(self, kind: str, u: Unit, r: Tensor, rest: Tensor, s: Tensor | None, a: Tensor | None) -> None:
         self._landed.append(Landed(kind, u, r, rest, s, a))
@@ -324,8 +322,9 @@ class Engine(torch.optim.Optimizer):
             self._launch(u)
         while self._flight:
             self._land()
+        self._found()
         self._flush()
-        assert not self._held and self._next == len(self._order)
+        assert not self.refresher.held and self._next == len(self._order)
         self.stats = {**self.scalars.close(NORM_OF.get(self.cfg.clip_mode, 1))}
         if self.bases:
             overlaps, self.refresher.overlaps = self.refresher.overlaps, []

@@ -147,6 +147,7 @@ def memory(e: Engine) -> list[str]:
     for rate, stochastic in rates:
         lr = f"{e.param_groups[0]['lr'] * rate:.1e}".replace("e-0", "e-")
         out.append(f"rows      a magnitude and a direction each; magnitudes by adam, lr {lr}")
+        out.append("          their gradient needs y: each layer's output is kept for backward")
         if stochastic:
             out.append("          matrices in bf16 are rounded stochastically")
     if e.accum_steps > 1 and not e.bases and e.in_backward:
@@ -166,4 +167,4 @@ def _adapters(e: Engine) -> list[str]:
     out.insert(0, f"adapters  W = {w}; W0 rests, I is (out, {a.r}) and J ({a.r}, in)")
     core = f"in bases on both sides, {a.bases[0].r} x {a.bases[0].r}" if a.bases else "whole"
     every = f"every {a.how.merge_every} steps" if a.how.merge_every else "never"
-    return [*out, f"          gradients of I and J {core}; merged into W0 {every}"]
+    return [*out, f"          gradients of I and J {core}", f"          I J merged into W0 {every}"]

@@ -21,6 +21,7 @@ from torch._dynamo.eval_frame import OptimizedModule
 
 from . import kernels, magnitude, moments, subspace
 from .reduce import Reduce
+from .scalars import Scalars
 from .unit import Basis, Unit
 
 FLOOR = 1e-3  # of the largest column scale
@@ -41,11 +42,29 @@ class Refresher:
 
     def __init__(self, finder: str, transport: str, seed: int, reduce: Reduce) -> None:
         self.finder, self.transport, self.seed, self.reduce = finder, transport, seed, reduce
+        self.held: dict[int, tuple[Unit, Tensor, Tensor | None]] = {}  # by unit: G waits for a basis
         self.overlaps: list[Tensor] = []
         self.kept = 0  # bases not replaced for a gradient that is zero or not finite, ever
         self.fallbacks = 0  # found by Householder QR after a failed factorisation, ever
         self._events: list[tuple[Any, Any]] = []
         self._seconds = 0.0
+
+    def arrive(self, u: Unit, g: Tensor, s: Tensor | None) -> None:
+        """Keeps G of a unit, and the gradient of its magnitude, until `ready` hands them out."""
+        self.held[u.index] = u, g, s
+        for b in u.bases:
+            b.arrived += b.due
+
+    def ready(self, scalars: Scalars) -> list[tuple[Unit, Tensor, Tensor | None]]:
+        """Replaces every basis whose units have all arrived; those that wait for no other, with G and s."""
+        for b in dict.fromkeys(b for u, _, _ in self.held.values() for b in u.bases):
+            if b.due and b.arrived == len(b.units):
+                for u, anew in self.replace_(b, [self.held[u.index][1] for u in b.units]):
+                    if anew:
+                        scalars.start_anew(u)
+                b.due = False
+        done = [n for n, (u, _, _) in self.held.items() if not any(b.due for b in u.bases)]
+        return [self.held.pop(n) for n in done]
 
     def replace_(self, b: Basis, gs: list[Tensor]) -> list[tuple[Unit, bool]]:
         """A new basis from G (rows, in) of each of its units; its units, with whether moments start anew.

@@ -107,7 +107,7 @@ def reference(method, micro=1):
 @kills("optim/scalars.py", "[lr * scale, 1 - lr * decay]", "[lr, 1 - lr * decay]")
 @kills("optim/refresh.py", 'policy = "reset" if first', 'policy = "keep" if first')
 @kills("optim/refresh.py", "b.replace_(q, self.seed)", "pass")
-@kills("optim/engine.py", "m, m.coordinates(g), g", "m, m.coordinates(g) * 1.01, g")
+@kills("optim/engine.py", "u, u.coordinates(g), g", "u, u.coordinates(g) * 1.01, g")
 @kills("optim/refresh.py", "m, v = subspace.transport(m, v, c, policy, dim)", "pass")
 @kills("optim/refresh.py", "c = old.t() @ b.q.to(wide)", "c = b.q.to(wide).t() @ old")
 @kills("optim/refresh.py", '-1 if b.side == "input" else 0', "-1")
@@ -381,8 +381,8 @@ def test_a_mean_of_means_is_another_gradient_invariant_20b():
 )
 @kills(
     "optim/engine.py",
-    'self._hold("whole", m, m.coordinates(g), g',
-    'self._hold("whole", m, m.coordinates(g) + 1e-9 * self.in_backward, g',
+    'self._hold("whole", u, u.coordinates(g), g',
+    'self._hold("whole", u, u.coordinates(g) + 1e-9 * self.in_backward, g',
 )
 def test_in_backward_equals_after_bitwise_invariant_19(method, micro, monkeypatch):
     inside, opt, a = run(method, micro=micro, update="in_backward", **off(method))
@@ -747,11 +747,11 @@ def test_a_state_of_another_method_or_shape_changes_nothing():
 # ---- refresh
 
 
-@kills("optim/engine.py", "                b.due = False\n", "                b.due = b.due\n")
+@kills("optim/refresh.py", "                b.due = False\n", "                b.due = b.due\n")
 @kills("optim/layer.py", "if self.refresh:", "if self.refresh and False:")
-@kills("optim/engine.py", "self._held[u.index] = g", "self._held[u.index] = g / self.accum_steps")
+@kills("optim/refresh.py", "self.held[u.index] = u, g, s", "self.held[u.index] = u, g / 3, s")
 @kills("optim/refresh.py", "b.replace_(q, self.seed)", "pass")
-@kills("optim/engine.py", "g = self._held.pop(m.index)", "g = self._held[m.index]")
+@kills("optim/refresh.py", "[self.held.pop(n) for n in done]", "[self.held[n] for n in done]")
 def test_refresh_step_invariant_49(monkeypatch):
     """R = G Q_new exactly, with G summed over micro-batches; one group's G is alive at a time."""
     model, plain = Tiny(), Tiny()
@@ -760,7 +760,8 @@ def test_refresh_step_invariant_49(monkeypatch):
 
     def watched(u=None):
         nonlocal most
-        most = max(most, sum(u.full.grad is not None for u in opt.units if u.projected) + len(opt._held))
+        most = max(most, sum(u.full.grad is not None for u in opt.units if u.projected))
+        most = max(most, len(opt.refresher.held))
 
     for u in opt.units:
         if u.projected:
