@@ -8,6 +8,7 @@ of R for each projected matrix + 2 E for everything else. The rest are extras; e
 from __future__ import annotations
 
 import re
+import textwrap
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
@@ -135,7 +136,7 @@ def memory(e: Engine) -> list[str]:
         )
         sums[kind] = sums.get(kind, 0) + x.bytes / GIB
     parts = ", ".join(f"{k} {v:.2f}" for k, v in sums.items())
-    out = [f"held      {sum(sums.values()):.2f} GiB: {parts}"]
+    out = textwrap.wrap(f"{'held':<10}{sum(sums.values()):.2f} GiB: {parts}", 80, subsequent_indent=" " * 10)
     if e.bases:
         shared = "" if e.adapters else "; input:n is one for n weights"
         out.append(f"bases     {len(e.bases)}, replaced every {e.every} steps{shared}")
