@@ -211,6 +211,14 @@ def read(path: Path) -> list[dict[str, Any]]:
     return rows
 
 
+def running_mean(values: Sequence[float]) -> list[float]:
+    """Over a window of 4% of the run, centred so that the curve does not lag; as many numbers as came in."""
+    half = len(values) // 50
+    sums = list(itertools.accumulate(values, initial=0.0))
+    spans = [(max(0, i - half), min(len(values), i + half + 1)) for i in range(len(values))]
+    return [(sums[end] - sums[start]) / (end - start) for start, end in spans]
+
+
 def draw(run: Path) -> None:
     """loss.png from metrics.jsonl: training loss with its running mean, validation loss, over tokens."""
     import matplotlib
@@ -227,11 +235,7 @@ def draw(run: Path) -> None:
     fig, ax = plt.subplots(figsize=(8, 4.5), dpi=120)
     tokens, losses = zip(*train, strict=True)
     ax.plot(tokens, losses, color="0.75", lw=0.8, label="training, each step")
-    half = len(losses) // 50  # a window of 4% of the run, centred so that the curve does not lag
-    sums = list(itertools.accumulate(losses, initial=0.0))
-    spans = [(max(0, i - half), min(len(losses), i + half + 1)) for i in range(len(losses))]
-    means = [(sums[end] - sums[start]) / (end - start) for start, end in spans]
-    ax.plot(tokens, means, color="C0", label="training, running mean")
+    ax.plot(tokens, running_mean(losses), color="C0", label="training, running mean")
     if val:
         ax.plot(
             *zip(*val, strict=True), "o-", color="C1", ms=4, label=f"validation (last: {val[-1][1]:.3f} nats)"
