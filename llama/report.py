@@ -97,13 +97,15 @@ def flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def different(runs: list[Series]) -> list[dict[str, str]]:
-    """A row a setting that is not the same in all runs; run.name, which always differs, is left out."""
-    keys = dict.fromkeys(key for r in runs for key in r.config if key != "run.name")
+    """A row a setting that is not the same in all runs; where they lie is left out."""
+    keys = dict.fromkeys(key for r in runs for key in r.config if not key.startswith("run."))
     rows = []
     for key in keys:
         values = [r.config.get(key, "-") for r in runs]
         if any(v != values[0] for v in values):
-            shown = ["null" if v is None else str(v) for v in values]
+            shown = [
+                "null" if v is None else str(v).lower() if isinstance(v, bool) else str(v) for v in values
+            ]
             rows.append({"setting": key, **dict(zip((r.name for r in runs), shown, strict=True))})
     return rows
 

@@ -1,6 +1,6 @@
 """Tests that cannot fail are found here: each `@kills` names one-line changes that must turn its test red.
 
-    python tests/mutants.py [PART OF A TEST'S NAME ...]
+    python tests/mutants.py [PART ...]        of a test's name, a file or a changed line
 
 Applies every change to a copy of the source, runs the test beside which it stands (`make mutants`), and
 prints a table. Exit code 1 if a change is no longer found in its file, or survives.
@@ -68,11 +68,13 @@ def verdict(m: Mutant) -> str:
 
 def main(argv: list[str]) -> int:
     found = [m for p in sorted((ROOT / "tests").glob("test_*.py")) for m in mutants(p)]
-    found = [m for m in found if not argv or any(part in m.test for part in argv)]
+    found = [m for m in found if not argv or any(part in f"{m.test} {m.file} {m.old}" for part in argv)]
+    verdicts = []
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        verdicts = list(pool.map(verdict, found))
-    for m, v in zip(found, verdicts, strict=True):
-        print(f"{v:<10} {m.test.removeprefix('tests/')}\n{'':11}{m.file}: {m.old!r} -> {m.new!r}")
+        for m, v in zip(found, pool.map(verdict, found), strict=True):
+            verdicts.append(v)
+            what = f"{v:<10} {m.test.removeprefix('tests/')}\n{'':11}{m.file}: {m.old!r} -> {m.new!r}"
+            print(what, flush=True)
     for test in dict.fromkeys(m.test for m in found):
         own = [v for m, v in zip(found, verdicts, strict=True) if m.test == test]
         print(f"{own.count('killed'):>2}/{len(own)} {test.removeprefix('tests/')}")
