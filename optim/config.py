@@ -186,11 +186,16 @@ class AdapterConfig(BasisConfig):
         if self.core_rank and self.rank and self.core_rank > self.rank:
             text = f"above optim.rank={self.rank}, the factors' narrow side; choose at most that, or null"
             found.append(("core_rank", ("rank",), text))
-        ignored = {} if self.normalize else {"mag_scale": "normalize", "detach_norm": "normalize"}
-        ignored |= {} if self.project else dict.fromkeys(("core_rank", "finder", "transport"), "project")
-        for key, switch in ignored.items():
+        ignored: dict[str, str] = {}  # key: with what
+        if not self.normalize:
+            ignored |= dict.fromkeys(("mag_scale", "detach_norm"), "normalize=false")
+        if not self.project:
+            ignored |= dict.fromkeys(("core_rank", "finder", "transport", "basis_dtype"), "project=false")
+        if self.merge_every == 0:
+            ignored["rounding"] = "merge_every=0"
+        for key, what in ignored.items():
             if getattr(self, key) != getattr(type(self), key):
-                found.append((key, (), f"would be ignored with optim.{switch}=false; leave it out"))
+                found.append((key, (), f"would be ignored with optim.{what}; leave it out"))
         return found
 
 

@@ -9,7 +9,7 @@ from torch import nn
 from optim import attach, subspace
 from optim.adapter import AdaptedLinear
 from tests.mutants import kills
-from tests.tiny import Tiny, batches, flat, moved, parallel, train
+from tests.tiny import Tiny, batches, flat, moved, ranks, train
 
 START = flat(Tiny())
 SETTINGS = {"lr": 1e-2, "rank": 6, "core_rank": 4, "refresh_every": 3, "eps": 1e-5}
@@ -174,20 +174,11 @@ def test_equals_autograd_through_the_materialised_weight_invariant_27(settings, 
     assert all(b.count >= 2 for b in opt.bases)
 
 
-def on_rank(rank, world, micro, settings):
-    import torch.distributed as dist
-
-    model, group = Tiny(), dist.group.WORLD
-    opt = attach(model, "gradnormlorp_adapter", accum_steps=micro, group=group, reduce="sum", **settings)
-    train(model, opt, batches(9), micro, rank=rank, world=world)
-    return flat(model)
-
-
 def test_two_ranks_equal_autograd_through_the_materialised_weight_invariant_27():
     plain = Tiny()
     oracle = AdapterOracle(plain, attach(Tiny(), "gradnormlorp_adapter", **SETTINGS))
     train(plain, oracle, batches(9))
-    for got in parallel(2, on_rank, 2, SETTINGS):
+    for got in ranks(2, "gradnormlorp_adapter", 9, 2, SETTINGS):
         assert (got - weights(plain, oracle)).norm() <= 1e-10 * (got - START).norm()
 
 
@@ -303,6 +294,11 @@ def test_what_cannot_be_is_refused():
         ({"rank": 12, "core_rank": 4}, r"rank=12: no matrix is wider"),
         ({"normalize": False, "mag_scale": 1.0}, r"optim\.mag_scale=1\.0: would be ignored"),
         ({"project": False, "finder": "svd"}, r"optim\.finder=svd: would be ignored"),
+        (
+            {"project": False, "basis_dtype": "fp32"},
+            r"optim\.basis_dtype=fp32: would be .* optim\.project=false",
+        ),
+        ({"merge_every": 0, "rounding": "nearest"}, r"optim\.rounding=nearest: .* optim\.merge_every=0"),
     ):
         with pytest.raises(ValueError, match=text):
             single(**settings)

@@ -6,7 +6,7 @@ from torch import nn
 
 from optim import attach, magnitude
 from tests.mutants import kills
-from tests.tiny import SETTINGS, Oracle, Tiny, batches, flat, moved, parallel, run, train
+from tests.tiny import SETTINGS, Oracle, Tiny, batches, flat, moved, ranks, run, train
 
 START = flat(Tiny())
 
@@ -110,22 +110,13 @@ def test_equals_explicit_magnitude_and_direction_invariant_29(side, settings, mi
     assert losses == pytest.approx(expected, rel=1e-10)
 
 
-def on_rank(rank, world, micro, settings):
-    import torch.distributed as dist
-
-    model = Tiny()
-    opt = attach(model, "gradnormlorp", accum_steps=micro, group=dist.group.WORLD, reduce="sum", **settings)
-    train(model, opt, batches(9), micro, rank=rank, world=world)
-    return flat(model)
-
-
 @pytest.mark.parametrize("side", ["input", "output"])
 def test_two_ranks_equal_explicit_magnitude_and_direction_invariant_29(side):
     settings = {**SETTINGS, "side": side}
     plain = Tiny()
     oracle = ExplicitOracle(plain, attach(Tiny(), "gradnormlorp", **settings))
     train(plain, oracle, batches(9))
-    for got in parallel(2, on_rank, 2, settings):
+    for got in ranks(2, "gradnormlorp", 9, 2, settings):
         assert (got - weights(plain, oracle.engine)).norm() <= 1e-10 * (got - START).norm()
 
 

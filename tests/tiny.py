@@ -141,6 +141,18 @@ def parallel(world, work, *args):
         return [torch.load(Path(folder, str(rank)), weights_only=False) for rank in range(world)]
 
 
+def ranks(world, method, steps, micro, settings):
+    """Weights of Tiny on each of `world` replicas, trained on `steps` batches together."""
+    return parallel(world, _replica, method, steps, micro, settings)
+
+
+def _replica(rank, world, method, steps, micro, settings):
+    model, group = Tiny(), dist.group.WORLD
+    opt = attach(model, method, accum_steps=micro, group=group, reduce="sum", **settings)
+    train(model, opt, batches(steps), micro, rank=rank, world=world)
+    return flat(model)
+
+
 def _enter(folder, rank, world, work, args):
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=world)
