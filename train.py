@@ -16,6 +16,7 @@ import os
 import shutil
 import signal
 import sys
+import time
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -40,6 +41,7 @@ from optim import Comm
 log = logging.getLogger("subspan")
 PROMPTS = ("The ", "In the year", "It is")
 SKIPPED_IN_A_ROW = 10  # steps in a row with a non-finite gradient before the run stops
+LEAVE_S = 10  # how long a failed rank waits for the first one to say why: launchers kill all once one ended
 
 
 class Stopped(RuntimeError):
@@ -317,6 +319,14 @@ def train(cfg: Config, comm: Comm) -> None:
 
 
 def main(argv: list[str]) -> int:
+    code = attempt(argv)
+    if code and optim.launcher(os.environ)[0]:
+        time.sleep(LEAVE_S)  # the first rank says why before the launcher ends it
+    return code
+
+
+def attempt(argv: list[str]) -> int:
+    """The exit code of one rank."""
     logging.basicConfig(format="%(message)s", level=logging.WARNING, force=True)
     log.setLevel(logging.INFO)  # ours; other packages' only from warnings on
     comm = None

@@ -14,6 +14,7 @@ from safetensors.torch import load_file
 
 import train
 from llama import checkpoint, metrics
+from tests.mutants import kills
 
 ROOT = Path(__file__).parent.parent
 TIMED = ("tokens_per_s", "peak_mem_gib")  # what differs between two equal runs
@@ -248,6 +249,18 @@ def test_what_only_the_model_shows_is_a_bad_configuration(whole, command, capsys
     args = command(whole.parent, "run.name=refused", f"data.tokenizer={whole}/tokenizer.model", *changes)
     assert train.main(args) == 2
     assert says in capsys.readouterr().err
+
+
+@kills("train.py", "        time.sleep(LEAVE_S)", "        pass")
+def test_another_rank_lets_the_first_say_why(command, tmp_path, monkeypatch, capsys):
+    slept = []
+    monkeypatch.setattr(train.time, "sleep", slept.append)
+    for rank in (0, 1):
+        for key, value in (("RANK", rank), ("WORLD_SIZE", 2), ("LOCAL_RANK", rank)):
+            monkeypatch.setenv(key, str(value))
+        assert train.main(command(tmp_path, "steps=-3")) == 2
+        assert ("steps=-3" in capsys.readouterr().err) == (rank == 0)
+    assert slept == [train.LEAVE_S]
 
 
 def test_two_ranks_report_a_bad_setting_once(whole, command):
