@@ -11,16 +11,15 @@ Exit codes: 0 done, or saved on a signal; 2 bad configuration; 3 training stoppe
 from __future__ import annotations
 
 import hashlib
+import json
 import logging
 import os
 import shutil
-import signal
 import sys
 import time
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, replace
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 import torch
@@ -28,18 +27,23 @@ import torch
 import data
 import optim
 from configs.cli import answer, parse
-from configs.resume import MAY_CHANGE, differences
+from configs.resume import differences, may_change, way_out
 from configs.schema import Config, ConfigError, to_yaml
-from llama import checkpoint, metrics, pretrained
+from llama import checkpoint, lr_range, metrics, pretrained, spike
 from llama.card import peak_flops
 from llama.config import flops_per_token, num_params
 from llama.eval import evaluate
 from llama.generate import generate
+from llama.journal import allowed_to_fail
+from llama.lock import InUse, Lock, Signals
 from llama.model import Llama, build_model, compile_blocks
+from llama.saver import SaveFailed, Saver
+from llama.trace import Trace
 from optim import Comm
 
 log = logging.getLogger("subspan")
 PROMPTS = ("The ", "In the year", "It is")
+REWINDS = 3  # to one save before a run with spike=rewind stops
 SKIPPED_IN_A_ROW = 10  # steps in a row with a non-finite gradient before the run stops
 LEAVE_S = 10  # how long a failed rank waits for the first one to say why: launchers kill all once one ended
 
@@ -50,6 +54,11 @@ class Stopped(RuntimeError):
 
 class Run:
     """Everything one training run holds."""
+
+    saver: Saver | None = None  # of rank 0
+    book: metrics.Metrics | None = None  # likewise
+    skip: spike.Skip | None = None  # with spike=skip
+    rewinds: spike.Rewind | None = None  # of rank 0 with spike=rewind
 
     def __init__(self, cfg: Config, comm: Comm, folder: Path, source: Path | None) -> None:
         self.cfg, self.comm, self.folder, self.source = cfg, comm, folder, source
@@ -75,7 +84,7 @@ class Run:
                 accum_steps=cfg.accumulation(comm.world),
                 group=comm.group,
                 reduce="sum" if comm.group else None,
-                **{k: v for k, v in vars(cfg.optim).items() if k != "name"},
+                **{k: v for k, v in vars(cfg.optim).items() if k not in ("name", "lr_range")},
             )
         except ValueError as e:  # what only the model shows: a rank that no matrix exceeds
             raise ConfigError([f"optim.{line}" for line in str(e).splitlines()]) from e
@@ -84,14 +93,22 @@ class Run:
         self.start = saved.get("step", 0)
         self.position: dict[str, Any] | None = saved.get("data")
         self.stream: str = saved.get("stream", "")  # running hash of every token trained on, over all ranks
+        if cfg.spike == "skip":
+            self.skip = spike.Skip(saved.get("spike", {}), comm.device)
+        self.gone_back: list[int] = []  # to these steps
+        self.failed = self.back = False  # what rank 0 tells the others before the next step
         if cfg.compile == "auto" and cuda:
             torch._dynamo.config.fail_on_recompile_limit_hit = True  # instead of running eager in silence
             compile_blocks(self.model)
         rows = cfg.tokens_per_step // cfg.seq_len
         self.loader = self.dataset.loader(rows, comm.rank, comm.world, state=self.position, pin=cuda)
-        self.book: metrics.Metrics | None = None
+        self.trace = Trace(folder if cfg.profile and comm.rank == 0 else None, self.start, self.steps)
         if comm.rank == 0:
             self.announce()
+            self.saver = Saver(folder, cfg.keep_last, self.start)
+            if cuda and not cfg.optim.lr_range:
+                self.saver.reserve(self.tensors())
+            self.rewinds = spike.Rewind(saved.get("spike", {})) if cfg.spike == "rewind" else None
             shutil.copyfile(self.dataset.tokenizer.path, folder / "tokenizer.model")
             self.book = metrics.Metrics(
                 folder,
@@ -108,16 +125,20 @@ class Run:
     def step(self, step: int, batch: data.Batch, valid: int) -> None:
         """One update. `valid` is the number of targets over all micro-batches and ranks: with it the sum of
         the micro-batches' losses is the mean over tokens, whatever their lengths."""
-        lr = self.set_lr(step)
-        size = self.cfg.micro_batch
+        lr, factor = self.set_lr(step), None
+        xs, ys = batch.x.split(self.cfg.micro_batch), batch.y.split(self.cfg.micro_batch)
         for _ in range(self.opt.passes):
             total = torch.zeros((), dtype=torch.float32, device=self.comm.device)
-            for x, y in zip(batch.x.split(size), batch.y.split(size), strict=True):
+            for n, (x, y) in enumerate(zip(xs, ys, strict=True), 1):
                 x, y = (t.to(self.comm.device, non_blocking=True) for t in (x, y))
                 with self.precision():
                     loss = self.model(x, y) / valid
-                loss.backward()
                 total += loss.detach()
+                if self.skip and n == len(xs):  # the update may happen inside this backward
+                    if factor is None:
+                        factor = self.skip.factor(self.comm.sum_(total.clone()))
+                    loss = loss * factor
+                loss.backward()
         self.opt.step()
         self.opt.zero_grad()
         self.position = batch.state
@@ -134,42 +155,123 @@ class Run:
 
     def set_lr(self, step: int) -> float:
         o = self.cfg.optim
-        lr = self.lr * optim.factor(
-            step, self.steps, schedule=o.schedule, warmup=o.warmup, min_lr_ratio=o.min_lr_ratio
-        )
+        if o.lr_range:
+            lr = lr_range.lr_at(step, self.steps, self.lr)
+        else:
+            lr = self.lr * optim.factor(
+                step, self.steps, schedule=o.schedule, warmup=o.warmup, min_lr_ratio=o.min_lr_ratio
+            )
         for group in self.opt.param_groups:
             group["lr"] = lr
         return lr
 
     def loop(self) -> None:
-        cfg, stop, failed, saved = self.cfg, Signals(), False, self.start
-        if self.start == 0:
+        cfg, stop, step = self.cfg, Signals(), self.start
+        if step == 0:
             self.evaluate(0)
-        for step in range(self.start + 1, self.steps + 1):
+        while step < self.steps:
             batch = next(self.loader)
-            valid, digest, asked, broken = self.comm.sums(batch.valid, batch.digest, stop.asked, failed)
-            if broken:
+            flags = (stop.asked, self.failed, self.back, self.save_is_due(step))
+            valid, digest, asked, failed, back, due = self.comm.sums(batch.valid, batch.digest, *flags)
+            if failed:
+                newest = f"; the newest save is step {self.saver.newest}" if self.saver else ""
                 raise Stopped(
                     f"{SKIPPED_IN_A_ROW} steps in a row had non-finite gradients and were skipped, "
-                    f"the last at step {step - 1}; the newest save is step {saved}. "
-                    "Try a lower optim.lr, or optim.clip=1"
+                    f"the last at step {step}{newest}. Try a lower optim.lr, or optim.clip=1"
                 )
+            if back:
+                step = self.go_back(step)
+            if due:
+                self.save(step)
             if asked:
-                if saved < step - 1:
-                    self.save(step - 1)
-                what = f"saved at step {step - 1}" if step > 1 else "stopped before the first step"
+                self.save(step, last=True)
+                what = f"saved at step {step}" if step else "stopped before the first step"
                 log.info("%s: %s; the same command goes on from there", stop.name, what)
                 return
+            step += 1
+            self.trace.begin(step)
             self.step(step, batch, max(1, valid))
+            self.trace.end(step)
             self.stream = hashlib.sha256(f"{self.stream}{digest}".encode()).hexdigest()
+            self.look(step)
             last = step == self.steps
-            if self.book and (self.book.due() or last):
-                failed = any(row["skipped_in_a_row"] >= SKIPPED_IN_A_ROW for row in self.book.flush())
             if step % cfg.eval_every == 0 or last:
                 self.evaluate(step)
             if step % cfg.save_every == 0 or last:
-                self.save(step)
-                saved = step
+                self.save(step, last=last)
+
+    def look(self, step: int) -> None:
+        """Rank 0, now and then: rows to disk; is training still sound? Has a save ended?"""
+        if not self.book or not self.saver:
+            return
+        self.saver.poll()
+        often = self.rewinds is not None and step % spike.CHECK_EVERY == 0
+        if not (often or self.book.due() or step == self.steps):
+            return
+        rows = self.book.flush()
+        if self.rewinds:
+            self.rewinds.note(rows)
+            self.back = often and self.rewinds.found
+        else:
+            self.failed |= any(row["skipped_in_a_row"] >= SKIPPED_IN_A_ROW for row in rows)
+
+    def go_back(self, step: int) -> int:
+        """To the newest save from before the losses rose; the data goes on behind them. Returns its step."""
+        source = self.comm.first(lambda: self.sound_save(step))
+        saved = self.restore(source)
+        self.stream = saved["stream"]
+        if self.book and self.rewinds:
+            self.book.back(saved["step"])
+            self.book.write(
+                [{"step": saved["step"], "gone_back_from": step, "high_from": self.rewinds.first}]
+            )
+            self.rewinds, self.back = spike.Rewind(saved["spike"]), False
+        self.save(saved["step"])  # with the new position: a run that is killed now goes on here
+        return saved["step"]
+
+    def sound_save(self, step: int) -> Path:
+        """Rank 0: the save to go back to; later ones are removed. Stopped where there is none."""
+        assert self.saver and self.rewinds
+        self.saver.close()
+        first = self.rewinds.first
+        high = f"the losses of steps {first} to {step} are out of line with those before"
+        for path in checkpoint.complete(self.folder):
+            if checkpoint.step_of(path) >= first:
+                shutil.rmtree(path)
+        source = checkpoint.latest(self.folder)
+        if source is None:
+            raise Stopped(f"{high}, and there is no save from before; try a lower optim.lr, or optim.clip=1")
+        to = checkpoint.step_of(source)
+        if self.gone_back.count(to) == REWINDS:
+            raise Stopped(
+                f"{high}; the run went back to step {to} {REWINDS} times already. "
+                "Try a lower optim.lr, or optim.clip=1"
+            )
+        self.gone_back.append(to)
+        log.warning("%s: back to the save of step %d, on with the data after them", high, to)
+        return source
+
+    def find_lr(self) -> None:
+        """optim.lr_range=true: steps of rising lr until the loss gets worse; a plot and a suggestion."""
+        stop, lrs, losses = Signals(), list[float](), list[float | None]()
+        for step in range(1, self.steps + 1):
+            batch = next(self.loader)
+            valid, asked, ended = self.comm.sums(batch.valid, stop.asked, lr_range.ended(losses))
+            if asked or ended:
+                break
+            self.step(step, batch, max(1, valid))
+            if self.book and (step % 10 == 0 or step == self.steps):
+                for row in self.book.flush():
+                    lrs.append(row["lr"])
+                    losses.append(row["loss"])
+        if self.book:
+            chosen = lr_range.suggest(lrs, losses)
+            lr_range.draw(self.folder / "lr_range.png", lrs, losses, chosen)
+            what = f"try optim.lr={chosen:.1e}" if chosen else "the loss never fell: try a lower optim.lr"
+            self.book.line.print(
+                f"{what}; lr went from {lrs[0]:.1e} to {lrs[-1]:.1e} in {len(lrs)} steps\n"
+                f"in {self.folder}: lr_range.png metrics.jsonl"
+            )
 
     def evaluate(self, step: int) -> None:
         comm = self.comm
@@ -187,8 +289,10 @@ class Run:
             )
         if self.book:
             self.book.evaluation(step, values)
-            write_samples(self.folder, step, self.model, self.dataset.tokenizer)
-            metrics.draw(self.folder)
+            with allowed_to_fail(self.folder / "samples.txt"):
+                write_samples(self.folder, step, self.model, self.dataset.tokenizer)
+            with allowed_to_fail(self.folder / "loss.png"):
+                metrics.draw(self.folder)
             self.book.resume_clock()
             if step == self.steps:
                 self.book.line.print(
@@ -196,40 +300,54 @@ class Run:
                     f" {self.held_out.unigram_ppl:.2f}\nin {self.folder}: loss.png samples.txt metrics.jsonl"
                 )
 
-    def save(self, step: int) -> None:
-        if self.book:
-            self.book.sync()
-            checkpoint.save(
-                self.folder,
-                step,
-                self.model,
-                self.opt.state_dict()["state"],
-                {
-                    "data": self.position,
-                    "stream": self.stream,
-                    "tokens": self.book.tokens,
-                    "config": asdict(self.cfg),
-                },
-                keep_last=self.cfg.keep_last,
-                write_config=self.write_config,
-            )
-            self.book.resume_clock()
-        self.comm.sums(0)  # nobody leaves or goes on before the save is on disk
+    def save_is_due(self, step: int) -> bool:
+        """Rank 0's clock, not the system's, which may be set back."""
+        if not self.saver or not self.cfg.save_minutes or self.saver.touched == step:
+            return False
+        return time.monotonic() - self.saver.saved_at >= 60 * self.cfg.save_minutes
 
-    def write_config(self, to: Path) -> None:
-        t = self.dataset.tokenizer
-        pretrained.write_config(
+    def save(self, step: int, last: bool = False) -> None:
+        """Starts a save. last: all ranks wait until it is on disk; Stopped where it cannot be."""
+        error = None
+        if self.book and self.saver and not (last and self.saver.newest == step):
+            self.book.sync()
+            try:
+                self.saver.save(step, self.tensors(), self.texts(step), last=last)
+            except SaveFailed as e:
+                error = Stopped(f"{e}. Free some space; the same command goes on from the newest save")
+            self.book.resume_clock()
+        if last:
+            self.comm.together(error)
+
+    def tensors(self) -> dict[str, dict[str, torch.Tensor]]:
+        """What a save holds, by file."""
+        state = self.opt.state_dict()["state"]
+        flat = {f"{name}:{k}": t for name, tensors in state.items() for k, t in tensors.items()}
+        return {"model.safetensors": dict(self.model.state_dict()), "optim.safetensors": flat}
+
+    def texts(self, step: int) -> dict[str, str]:
+        assert self.book
+        t, judge = self.dataset.tokenizer, self.skip or self.rewinds
+        state = {
+            "step": step,
+            "data": self.position,
+            "stream": self.stream,
+            "tokens": self.book.tokens,
+            "spike": judge.state() if judge else {},
+            "config": asdict(self.cfg),
+        }
+        config = pretrained.config_text(
             self.cfg.model,
-            to,
             dtype=self.dtype,
             eos_token_id=t.eos_id,
             pad_token_id=t.pad_id,
             seq_len=self.cfg.seq_len,
         )
+        return {"config.json": config, checkpoint.STATE: json.dumps(state, indent=1)}
 
     def restore(self, source: Path) -> dict[str, Any]:
         pretrained.load_weights(self.model, source)
-        self.opt.load_state_dict({"state": checkpoint.load_optim(source, self.comm.device)})
+        self.opt.load_state_dict({"state": checkpoint.load_optim(source)})
         return checkpoint.read_state(source)
 
     def announce(self) -> None:
@@ -255,22 +373,10 @@ class Run:
 
     def close(self) -> None:
         self.loader.close()
+        if self.saver:
+            self.saver.close()
         if self.book:
             self.book.close()
-
-
-class Signals:
-    """SIGTERM, SIGUSR1 and Ctrl-C ask for a save and a clean end at the next step; a second Ctrl-C kills."""
-
-    def __init__(self) -> None:
-        self.asked, self.name = False, "stopped"
-        for s in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
-            signal.signal(s, self.note)
-
-    def note(self, number: int, frame: FrameType | None) -> None:
-        self.asked, self.name = True, signal.Signals(number).name
-        if number == signal.SIGINT:
-            signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 def write_samples(folder: Path, step: int, model: Llama, tokenizer: data.Tokenizer) -> None:
@@ -283,39 +389,59 @@ def write_samples(folder: Path, step: int, model: Llama, tokenizer: data.Tokeniz
     path.write_text(f"=== step {step}\n" + "\n---\n".join(texts) + "\n\n" + before, encoding="utf-8")
 
 
-def prepare(cfg: Config) -> tuple[Path, Path | None]:
+def prepare(cfg: Config, lock: Lock) -> tuple[Path, Path | None]:
     """Rank 0: the run folder and the save to go on from. ConfigError if that cannot be."""
     folder = Path(cfg.run.dir) / str(cfg.run.name)
     try:
         folder.mkdir(parents=True, exist_ok=True)
+        if not lock.take(folder):
+            log.warning("%s: its file system knows no locks; start only one process there", folder)
+        (folder / "checkpoints").mkdir(exist_ok=True)
+        checkpoint.tidy(folder)
+        (folder / "config.yaml.tmp").write_text(to_yaml(cfg), encoding="utf-8")
+    except InUse as e:
+        raise ConfigError([f"run.name={cfg.run.name}: {e}; stop that one, or run.name=NEW"]) from None
     except OSError as e:
         raise ConfigError(
-            [f"run.dir={cfg.run.dir}: cannot make {folder} ({e.strerror}); name another"]
+            [f"run.dir={cfg.run.dir}: {e.filename or folder}: {e.strerror}; mend that or name another"]
         ) from None
-    source = checkpoint.latest(folder)
+    source = None if cfg.optim.lr_range else checkpoint.latest(folder)
     if source:
         changes = differences(checkpoint.read_state(source)["config"], asdict(cfg))
-        refused = [c for c in changes if not c.startswith(MAY_CHANGE)]
+        refused = [c for c in changes if not may_change(c)]
         if refused:
-            raise ConfigError(
-                [f"{c}; {source} was trained with the former: set it back, or run.name=NEW" for c in refused]
-            )
+            raise ConfigError([f"{c}; {way_out(c, source)}" for c in refused])
         for change in changes:
             log.info("changed   %s", change)
-    (folder / "config.yaml").write_text(to_yaml(cfg), encoding="utf-8")
+    os.replace(folder / "config.yaml.tmp", folder / "config.yaml")
     return folder, source
 
 
 def train(cfg: Config, comm: Comm) -> None:
-    folder, source = comm.first(lambda: prepare(cfg))
-    if source and checkpoint.read_state(source)["step"] >= cfg.steps:
-        log.info("%s is finished: it has its %d steps", folder, cfg.steps)
-        return
-    run = Run(cfg, comm, folder, source)
+    lock = Lock()
     try:
-        run.loop()
+        folder, source = comm.first(lambda: prepare(cfg, lock))
+        if source and checkpoint.read_state(source)["step"] >= cfg.steps:
+            log.info("%s is finished: it has its %d steps", folder, cfg.steps)
+            return
+        run = Run(cfg, comm, folder, source)
+        try:
+            run.find_lr() if cfg.optim.lr_range else run.loop()
+        finally:
+            run.close()
     finally:
-        run.close()
+        lock.release()
+
+
+def out_of_memory(error: Exception, cfg: Config, comm: Comm | None) -> None:
+    """Says what would need less, and leaves the allocator's snapshot in the run folder."""
+    world = comm.world if comm else 1
+    print(f"out of memory: {str(error).splitlines()[0]}\n{cfg.smaller(world)}", file=sys.stderr)
+    if comm and comm.device.type == "cuda":
+        path = Path(cfg.run.dir) / str(cfg.run.name) / f"out_of_memory_{comm.rank}.pickle"
+        with allowed_to_fail(path):
+            torch.cuda.memory._dump_snapshot(str(path))
+            print(f"{path}: what held the memory (open it in docs.pytorch.org/memory_viz)", file=sys.stderr)
 
 
 def main(argv: list[str]) -> int:
@@ -343,6 +469,9 @@ def attempt(argv: list[str]) -> int:
         if comm.rank:
             log.setLevel(logging.ERROR)
         comm.first(lambda: cfg.accumulation(comm.world))
+        if cfg.deterministic:
+            os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when cuBLAS starts
+            torch.use_deterministic_algorithms(True)
         train(cfg, comm)
     except (ConfigError, data.DataError, pretrained.FolderError) as e:
         if comm or optim.launcher(os.environ)[0] == 0:  # before the ranks have met all of them see the same
@@ -355,8 +484,11 @@ def attempt(argv: list[str]) -> int:
             print(f"stopped: {e}", file=sys.stderr)
         return 3
     except torch.OutOfMemoryError as e:
-        print(f"out of memory: {str(e).splitlines()[0]}\ntry a smaller micro_batch", file=sys.stderr)
+        out_of_memory(e, cfg, comm)
         return 4
+    except OSError as e:  # the disk, while a run is set up
+        print(f"stopped: {e.filename or 'a file'}: {e.strerror or e}", file=sys.stderr)
+        return 3
     finally:
         if comm:
             comm.close()

@@ -31,7 +31,11 @@ PHRASES = {
     "seed": "weights and data order",
     "eval_every": "steps between evaluations",
     "save_every": "steps between checkpoints",
+    "save_minutes": "or so long without one; 0: off",
     "keep_last": "checkpoints kept",
+    "spike": "of the loss: off, skip or rewind",
+    "deterministic": "true: the same bits every time, slower",
+    "profile": "true: a trace of three steps",
     "weights": "bf16 or fp32; null: bf16 on a GPU",
     "dist": "how ranks share work: replicate",
     "compile": "auto (on a GPU) or off",
@@ -59,6 +63,7 @@ PHRASES = {
     "optim.schedule": "cosine, linear or constant",
     "optim.warmup": "share of steps",
     "optim.min_lr_ratio": "last lr / highest lr",
+    "optim.lr_range": "true: a short run that finds an lr",
     "model.init_from": "start from a Hugging Face folder",
     "activations.checkpoint": "share of blocks computed again in backward",
 }
@@ -71,6 +76,7 @@ LOW_RANK = {
     "optim.refresh": "staggered or together",
     "optim.finder": "of a basis: warm, svd or randomized",
     "optim.transport": "of moments: keep, reset, rotate, rotate_fill",
+    "optim.growth_limit": "of an update's norm to the last; 0: off",
     "optim.basis_dtype": "bf16 or fp32; null: as weights",
 }
 

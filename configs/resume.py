@@ -9,7 +9,11 @@ MAY_CHANGE = (
     "steps",
     "eval_every",
     "save_every",
+    "save_minutes",
     "keep_last",
+    "spike",
+    "profile",
+    "deterministic",
     "log",
     "compile",
     "micro_batch",
@@ -18,16 +22,45 @@ MAY_CHANGE = (
     "data.cache",
     "data.validation",
     "optim.lr",
+    "optim.scale",
+    "optim.mag_scale",
     "optim.warmup",
     "optim.schedule",
     "optim.min_lr_ratio",
+    "optim.beta",
+    "optim.eps",
+    "optim.decay",
     "optim.clip",  # and clip_mode
+    "optim.growth_limit",
     "optim.update",
-    "optim.refresh_every",
+    "optim.moments",
+    "optim.embed_moments",
+    "optim.rounding",
+    "optim.refresh",  # and refresh_every
     "optim.finder",
+    "optim.transport",
     "optim.merge_every",
     "activations.checkpoint",
 )
+
+
+def may_change(change: str) -> bool:
+    """Of a line of `differences`. A method and its 8-bit twin differ in how moments are stored."""
+    if change.startswith("optim.name="):
+        now, _, before = change.removeprefix("optim.name=").partition(": was ")
+        return now.removesuffix("_8bit") == before.removesuffix("_8bit")
+    return change.startswith(MAY_CHANGE)
+
+
+def way_out(
+    change: str,
+    save: object,  # where the run would have gone on from
+) -> str:
+    """What to do about a change that is refused."""
+    back = f"{save} was trained with the former: set it back, or run.name=NEW"
+    if change.startswith("model."):
+        return f"{back} for a model of its own"
+    return f"{back} model.init_from={save} to start from its weights"
 
 
 def differences(before: dict[str, Any], now: dict[str, Any], prefix: str = "") -> list[str]:

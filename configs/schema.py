@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import copy
 import math
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -41,7 +41,12 @@ SCHEMAS: dict[str, dict[str, type]] = {
     "data": {"text": DataConfig},
     "activations": {"activations": ActivationsConfig},
 }
-CHOICES = {"weights": ("bf16", "fp32"), "dist": ("replicate",), "compile": ("auto", "off")}
+CHOICES = {
+    "weights": ("bf16", "fp32"),
+    "dist": ("replicate",),
+    "compile": ("auto", "off"),
+    "spike": ("off", "skip", "rewind"),
+}
 SINKS = ("none", "wandb", "tensorboard")
 # key -> (smallest, largest, what it counts)
 RANGES = {
@@ -52,8 +57,10 @@ RANGES = {
     "seed": (0, 2**31 - 1, "one number for weights and data order"),
     "eval_every": (1, 10**9, "optimizer steps"),
     "save_every": (1, 10**9, "optimizer steps"),
+    "save_minutes": (0, 10**6, "minutes, 0 for steps alone"),
     "keep_last": (1, 10**6, "checkpoints kept"),
 }
+LR_RANGE_STEPS = 200  # of a test of learning rates
 # Published pre-training lengths: up to this many parameters -> steps of 131,072 positions.
 STEPS = ((100e6, 10_000), (250e6, 20_000), (600e6, 60_000), (2e9, 100_000), (float("inf"), 150_000))
 
@@ -78,7 +85,11 @@ class Config:
     seed: int = 0
     eval_every: int = 1000
     save_every: int = 1000
+    save_minutes: float = 30.0  # minutes without a save before one is made; 0: only every save_every steps
     keep_last: int = 2
+    spike: str = "off"  # off | skip | rewind: what a loss out of line with those before does
+    deterministic: bool = False  # kernels that give the same bits every time, on a GPU slower ones
+    profile: bool = False  # a trace of three steps in the run folder
     weights: str | None = None  # bf16 | fp32; None: bf16 on a GPU, fp32 on a CPU
     dist: str = "replicate"
     compile: str = "auto"  # auto | off; auto acts on a GPU only
@@ -165,10 +176,29 @@ class Config:
             ]
         )
 
+    def smaller(self, world: int) -> str:
+        """The nearest setting that needs less memory and gives the same steps, as a line for people."""
+        smaller = replace(self)
+        for size in range(self.micro_batch - 1, 0, -1):
+            smaller.micro_batch = size
+            try:
+                smaller.accumulation(world)
+            except ConfigError:
+                continue
+            return f"try micro_batch={size}: the same step in more passes"
+        share = self.activations.checkpoint
+        if share < 1:
+            more = min(1.0, math.floor(4 * share + 1) / 4)
+            return f"try activations.checkpoint={more:g}: that share of the blocks is computed again"
+        return "try optim=galore_8bit, a smaller optim.rank, a smaller model, or more memory"
+
     def resolved(self) -> Config:
         """A copy with the nulls that depend on the model filled: steps, run.name, optim's."""
         cfg = copy.deepcopy(self)
         size = num_params(cfg.model)
+        if cfg.optim.lr_range:
+            cfg.steps = cfg.steps or LR_RANGE_STEPS
+            cfg.run.name = f"{cfg.run.name}_lr_range" if cfg.run.name else None
         if cfg.steps is None:
             cfg.steps = next(steps for limit, steps in STEPS if size <= limit)
         if cfg.optim.lr is None:
@@ -180,6 +210,7 @@ class Config:
                 cfg.optim.refresh_every = default_refresh_every(size)
         if cfg.run.name is None:
             cfg.run.name = f"llama_{size / 1e6:.0f}m_{cfg.optim.name}_{cfg.seed}"
+            cfg.run.name += "_lr_range" if cfg.optim.lr_range else ""
         return cfg
 
 

@@ -1,10 +1,10 @@
-"""Checkpoints: tensors and JSON only, written aside, hashed, synced, renamed.
+"""Saves on disk: tensors and JSON only, written aside, hashed, synced, renamed.
 
     checkpoints/step_00001000/   config.json model.safetensors optim.safetensors state.json manifest.json
 
 A folder without .tmp is complete by definition: it got its name by one rename after every file was on disk.
 Reading checks each file's size and SHA-256 against the manifest, names what does not agree and falls back to
-the save before.
+the save before. `Saver` (saver.py) does the writing beside training.
 """
 
 from __future__ import annotations
@@ -12,29 +12,39 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import math
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
-from torch import Tensor, nn
+from safetensors.torch import load_file
+from torch import Tensor
 
 log = logging.getLogger("subspan")
-MANIFEST = "manifest.json"
+MANIFEST, STATE, OLD = "manifest.json", "state.json", ".old"
+NAMES = {
+    torch.float64: "F64", torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16",
+    torch.int64: "I64", torch.int32: "I32", torch.int16: "I16", torch.int8: "I8",
+    torch.uint8: "U8", torch.bool: "BOOL",
+}  # fmt: skip
+CHUNK = 1 << 24  # bytes hashed and written at a time
 
 
 def folder(run: Path, step: int) -> Path:
     return run / "checkpoints" / f"step_{step:08d}"
 
 
+def step_of(path: Path) -> int:
+    return int(path.name.removeprefix("step_"))
+
+
 def complete(run: Path) -> list[Path]:
     """Complete saves of a run folder, newest first; a *.tmp folder is a save that never ended."""
-    return sorted(
-        (p for p in run.glob("checkpoints/step_????????") if (p / MANIFEST).is_file()), reverse=True
-    )
+    names = "checkpoints/step_" + "[0-9]" * 8
+    return sorted((p for p in run.glob(names) if (p / MANIFEST).is_file()), reverse=True)
 
 
 def latest(run: Path) -> Path | None:
@@ -51,7 +61,12 @@ def damage(path: Path) -> str:
     """What is wrong with a save, empty if nothing."""
     try:
         files = json.loads((path / MANIFEST).read_text())["files"]
-        for name, entry in files.items():
+        for name in (STATE, "config.json", "model.safetensors", "optim.safetensors", *files):
+            if name not in files:
+                return f"{MANIFEST} does not name {name}"
+            if os.path.basename(name) != name:
+                return f"{MANIFEST} names {name!r}, which is no file of the folder"
+            entry = files[name]
             if not (path / name).is_file():
                 return f"{name} is missing"
             size = (path / name).stat().st_size
@@ -59,55 +74,120 @@ def damage(path: Path) -> str:
                 return f"{name} has {size} bytes, its manifest says {entry['bytes']}"
             if sha256(path / name) != entry["sha256"]:
                 return f"{name} was changed after it was written (SHA-256 differs)"
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as e:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as e:
         return f"{MANIFEST} cannot be read ({e})"
     return ""
 
 
-def save(
+def write(
     run: Path,
     step: int,
-    model: nn.Module,
-    optim_state: dict[str, dict[str, Tensor]],  # {parameter name: {state name: tensor}}
-    state: dict[str, Any],  # JSON: data position, tokens, resolved configuration
+    tensors: Mapping[str, Mapping[str, Tensor]],  # file -> name -> tensor, on any device
+    texts: Mapping[str, str],  # file -> content
     *,
     keep_last: int,
-    write_config: Callable[[Path], None],  # writes config.json into the folder
 ) -> Path:
-    """Writes one save and removes all but the newest `keep_last`. Call on rank 0 only."""
+    """Writes one save and removes all but the newest `keep_last`; OSError leaves the older ones as they were.
+
+    One pass: what is written is hashed on its way, and a tensor on a device is copied when its turn comes.
+    """
     final = folder(run, step)
     tmp = final.with_name(final.name + ".tmp")
     shutil.rmtree(tmp, ignore_errors=True)
     tmp.mkdir(parents=True)
-    weights = {k: v.detach().contiguous() for k, v in model.state_dict().items()}
-    flat = {f"{name}:{k}": t.detach().contiguous() for name, s in optim_state.items() for k, t in s.items()}
-    save_file(weights, tmp / "model.safetensors", metadata={"format": "pt"})
-    save_file(flat, tmp / "optim.safetensors")
-    write_config(tmp)
-    for p in tmp.glob("*.safetensors"):  # written for the owner alone; as open as the others
-        p.chmod((tmp / "config.json").stat().st_mode)
-    (tmp / "state.json").write_text(json.dumps({"step": step, **state}, indent=1))
-    files = {p.name: {"bytes": p.stat().st_size, "sha256": sha256(p)} for p in sorted(tmp.iterdir())}
-    (tmp / MANIFEST).write_text(json.dumps({"files": files}, indent=1))
-    for p in [*tmp.iterdir(), tmp]:
-        sync(p)
-    if final.exists():  # the same step saved again, by a run that went back to an older save
-        shutil.rmtree(final)
+    contents = {name: safetensors(some) for name, some in tensors.items()}
+    contents |= {name: iter([memoryview(text.encode())]) for name, text in texts.items()}
+    files = {name: write_file(tmp / name, content) for name, content in contents.items()}
+    write_file(tmp / MANIFEST, iter([memoryview(json.dumps({"files": files}, indent=1).encode())]))
+    sync(tmp)
+    before = final.with_name(final.name + OLD)
+    if final.exists():  # the same step saved again: until the new one has its name the old one can be had
+        shutil.rmtree(before, ignore_errors=True)
+        os.rename(final, before)
     os.rename(tmp, final)
     sync(final.parent)
+    shutil.rmtree(before, ignore_errors=True)
     for old in complete(run)[keep_last:]:
         shutil.rmtree(old, ignore_errors=True)
     return final
 
 
+def tidy(run: Path) -> None:
+    """What a killed process left: unfinished saves go, and between two renames the old save gets its name
+    back. Only who holds the run's lock may do that."""
+    for left in run.glob("checkpoints/step_*.tmp"):
+        shutil.rmtree(left, ignore_errors=True)
+    for before in run.glob(f"checkpoints/step_*{OLD}"):
+        final = before.with_name(before.name.removesuffix(OLD))
+        shutil.rmtree(before) if final.exists() else os.rename(before, final)
+
+
+def write_file(path: Path, content: Iterator[memoryview]) -> dict[str, Any]:
+    """On disk when this returns: {"bytes": its size, "sha256": of what was meant to be written}."""
+    size, digest = 0, hashlib.sha256()
+    with open(path, "wb", buffering=0) as f:
+        for part in content:
+            for at in range(0, len(part), CHUNK):
+                piece = part[at : at + CHUNK]
+                digest.update(piece)
+                size += len(piece)
+                while len(piece):
+                    piece = piece[f.write(piece) :]
+        os.fsync(f.fileno())
+    return {"bytes": size, "sha256": digest.hexdigest()}
+
+
+def safetensors(tensors: Mapping[str, Tensor]) -> Iterator[memoryview]:
+    """The format's bytes, tensor by tensor: the library's own writer first makes a copy of all of them.
+
+    8 bytes: length of the header; the header, JSON padded with spaces to 8; the data without gaps, wide
+    dtypes first so that each tensor is aligned.
+    """
+    order = sorted(tensors, key=lambda name: (-tensors[name].itemsize, name))
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    at = 0
+    for name in order:
+        t = tensors[name]
+        size = t.numel() * t.itemsize
+        header[name] = {"dtype": NAMES[t.dtype], "shape": list(t.shape), "data_offsets": [at, at + size]}
+        at += size
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    yield memoryview(len(text).to_bytes(8, "little") + text)
+    for name in order:
+        yield raw(tensors[name].detach().cpu())
+
+
+def raw(t: Tensor) -> memoryview:
+    """The bytes of a CPU tensor, without a copy if it is contiguous."""
+    return memoryview(t.contiguous().reshape(-1).view(torch.uint8).numpy())  # type: ignore[arg-type]
+
+
+def size_of(tensors: Mapping[str, Mapping[str, Tensor]]) -> int:
+    """Bytes of all of them."""
+    return sum(t.numel() * t.itemsize for some in tensors.values() for t in some.values())
+
+
+def free(path: Path) -> float:
+    """Bytes that may be written where `path` will be; inf where nobody can tell."""
+    for place in (path, *path.parents):
+        try:
+            return shutil.disk_usage(place).free
+        except FileNotFoundError:
+            continue
+        except OSError:
+            break
+    return math.inf
+
+
 def read_state(path: Path) -> dict[str, Any]:
-    return json.loads((path / "state.json").read_text())
+    return json.loads((path / STATE).read_text())
 
 
-def load_optim(path: Path, device: torch.device) -> dict[str, dict[str, Tensor]]:
-    """{parameter name: {state name: tensor}} of a save."""
+def load_optim(path: Path) -> dict[str, dict[str, Tensor]]:
+    """{parameter name: {state name: tensor}} of a save, on the CPU: a device holds no second copy."""
     state: dict[str, dict[str, Tensor]] = {}
-    for key, tensor in load_file(path / "optim.safetensors", device=str(device)).items():
+    for key, tensor in load_file(path / "optim.safetensors").items():
         name, _, kind = key.rpartition(":")
         state.setdefault(name, {})[kind] = tensor
     return state

@@ -5,8 +5,8 @@ No torch here: `--help` and the checks of a command line read this file.
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
-from pathlib import Path
 
 
 @dataclass
@@ -38,7 +38,7 @@ class ModelConfig:
         Never raises. With init_from the shapes come from its config.json, so only the folder is looked at.
         """
         if self.init_from is not None:
-            if Path(self.init_from, "config.json").is_file():
+            if os.path.isfile(os.path.join(self.init_from, "config.json")):  # Path: OSError, too long
                 return []
             return [
                 f"model.init_from={self.init_from}: no config.json there; give a folder that export wrote"

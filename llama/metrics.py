@@ -20,6 +20,8 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from .journal import Journal
+
 FLUSH_S = 0.5  # the host waits for the device this often at most: about 1 ms each
 PLAIN_S = 10.0  # seconds between plain progress lines where there is no terminal
 
@@ -52,7 +54,7 @@ class Metrics:
         )
         self.flops_per_token, self.peak_flops = flops_per_token, peak_flops
         self.tokens = cut(self.path, start)
-        self.file = open(self.path, "a", encoding="utf-8")  # noqa: SIM115 - open for the run's life
+        self.journal = Journal(self.path)
         self.pending: list[tuple[dict[str, Any], dict[str, Tensor | float]]] = []
         self.note = ""
         self.line = Line(sys.stderr)
@@ -122,15 +124,22 @@ class Metrics:
 
     def write(self, rows: list[dict[str, Any]]) -> None:
         for row in rows:
-            self.file.write(json.dumps(row) + "\n")
             for sink in self.sinks:
                 sink.log({k: v for k, v in row.items() if k != "step" and v is not None}, row["step"])
-        self.file.flush()
+        self.journal.write("".join(json.dumps(row) + "\n" for row in rows))
 
     def sync(self) -> None:
         """Everything up to now is on disk: called before a save, so that no save is newer than its rows."""
         self.flush()
-        os.fsync(self.file.fileno())
+        self.journal.sync()
+
+    def back(self, step: int) -> None:
+        """The run goes back to `step`: the rows after it go."""
+        self.flush()
+        self.journal.close()
+        self.tokens = cut(self.path, step)
+        self.journal = Journal(self.path)
+        self.resume_clock()
 
     def describe(self, row: dict[str, Any]) -> str:
         """The live line, at most 80 columns for any run."""
@@ -149,7 +158,7 @@ class Metrics:
     def close(self) -> None:
         self.flush()
         self.line.end()
-        self.file.close()
+        self.journal.close()
         for sink in self.sinks:
             sink.finish()
 

@@ -110,17 +110,16 @@ def hf_config(cfg: ModelConfig) -> dict[str, Any]:
     }
 
 
-def write_config(
+def config_text(
     cfg: ModelConfig,
-    folder: str | Path,
     *,
     dtype: torch.dtype,
     eos_token_id: int | None = None,
     pad_token_id: int | None = None,
     bos_token_id: int | None = None,
     seq_len: int = 2048,  # max_position_embeddings: the length trained at
-) -> None:
-    """Write folder/config.json, which transformers and load_config read."""
+) -> str:
+    """The text of a config.json, which transformers and load_config read."""
     content = {
         "architectures": ["LlamaForCausalLM"],
         "model_type": "llama",
@@ -133,7 +132,12 @@ def write_config(
         "eos_token_id": eos_token_id,
         "pad_token_id": pad_token_id,
     }
-    Path(folder, "config.json").write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    return json.dumps(content, indent=2) + "\n"
+
+
+def write_config(cfg: ModelConfig, folder: str | Path, **how: Any) -> None:
+    """Writes folder/config.json; `how` as config_text takes it."""
+    Path(folder, "config.json").write_text(config_text(cfg, **how), encoding="utf-8")
 
 
 def weight_files(folder: Path) -> list[Path]:

@@ -75,7 +75,16 @@ def give_adapters(
         for name in ("i", "j"):
             a.units.append(
                 Unit(
-                    f"{u.name} {name.upper()}", a, name, "factor", u.rule, u.scale, decay, u.store, adapter=a
+                    f"{u.name} {name.upper()}",
+                    a,
+                    name,
+                    "factor",
+                    u.rule,
+                    u.scale,
+                    decay,
+                    u.store,
+                    limit=u.limit,
+                    adapter=a,
                 )
             )
             for side, dim in (("input", 1), ("output", 0)) if cfg.project else ():

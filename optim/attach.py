@@ -134,7 +134,7 @@ def config(method: str, overrides: dict[str, object]) -> OptimConfig:
     if method not in METHODS:
         raise ValueError(f"method={method!r}: no such method; choose {', '.join(METHODS)}")
     kind = METHODS[method].config
-    unknown = sorted(set(overrides) - (set(kind.__dataclass_fields__) - {"name"}))
+    unknown = sorted(set(overrides) - (set(kind.__dataclass_fields__) - {"name", "lr_range"}))
     if unknown:
         raise ValueError(
             f"{', '.join(unknown)}: unknown to {method}; it takes {', '.join(kind.__dataclass_fields__)}"
@@ -169,7 +169,8 @@ def own(model: nn.Module, cfg: OptimConfig, method: Method) -> list[Unit]:
             store = cfg.embed_moments
         units.append(
             Unit(name.replace("_orig_mod.", ""), module, leaf, role, rule if role == "matrix" else others,
-                 scale, decay, "fp32" if p.ndim < 2 and store == "int8" else store)
+                 scale, decay, "fp32" if p.ndim < 2 and store == "int8" else store,
+                 limit=getattr(cfg, "growth_limit", 0.0))
         )  # fmt: skip
     if not units:
         raise ValueError("model: no parameter requires a gradient")

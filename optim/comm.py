@@ -76,7 +76,7 @@ class Comm:
                 result = make()
             except Exception as e:  # the others are waiting: they must be told first
                 error = e
-        self._together(error)
+        self.together(error)
         box = [result]
         dist.broadcast_object_list(box, src=0, group=self.control)
         return box[0]
@@ -92,10 +92,10 @@ class Comm:
                     result = make()
                 except Exception as e:  # as above
                     error = e
-            self._together(error)
+            self.together(error)
         return result
 
-    def _together(self, error: Exception | None) -> None:
+    def together(self, error: Exception | None) -> None:
         """Where any rank failed, every rank raises: that one its error, the others Elsewhere."""
         if self.sums(error is not None)[0]:
             raise error or Elsewhere("another rank failed and says why")

@@ -26,6 +26,7 @@ class OptimConfig:
     schedule: str = "cosine"  # cosine | linear | constant
     warmup: float = 0.1  # share of steps
     min_lr_ratio: float = 0.1
+    lr_range: bool = False  # of train.py: a short run over rising lr instead of training
 
     CHOICES: ClassVar[dict[str, tuple[str, ...]]] = {
         "clip_mode": ("exact", "two_pass", "off"),
@@ -99,6 +100,11 @@ class OptimConfig:
         if self.moments == self.embed_moments == "fp32":
             text = "would change nothing with optim.moments=fp32; leave it out or choose bf16 or int8 there"
             found.append(("embed_moments", ("moments",), text))
+        if self.lr_range:
+            for key in ("schedule", "warmup", "min_lr_ratio"):
+                if getattr(self, key) != getattr(OptimConfig, key):
+                    text = "would be ignored with optim.lr_range=true, which sets lr itself; leave it out"
+                    found.append((key, (), text))
         if self.schedule == "constant" and self.min_lr_ratio != OptimConfig.min_lr_ratio:
             reason = "would be ignored with optim.schedule=constant"
             text = f"{reason}; leave it out or choose cosine or linear"
@@ -117,6 +123,7 @@ class BasisConfig(OptimConfig):
     refresh: str = "staggered"  # staggered | together
     finder: str = "warm"  # warm | svd | randomized
     transport: str = "auto"  # of moments into a new basis: auto | keep | reset | rotate | rotate_fill
+    growth_limit: float = 0.0  # an update's norm is at most this times the last one's; 0: off
     basis_dtype: str | None = None  # bf16 | fp32; None: the weights'
 
     CHOICES: ClassVar[dict[str, tuple[str, ...]]] = OptimConfig.CHOICES | {
@@ -129,7 +136,15 @@ class BasisConfig(OptimConfig):
     RANGES: ClassVar[dict[str, tuple[str, str]]] = OptimConfig.RANGES | {
         "rank": ("[1, 65536]", "null takes the model size's, a quarter of the width is usual"),
         "refresh_every": ("[1, 1e6]", "null takes the model size's, 200 is usual"),
+        "growth_limit": ("[0, 1000]", "0 switches it off, 1.01 is usual"),
     }
+
+    def _clashes(self) -> list[tuple[str, tuple[str, ...], str]]:
+        found = super()._clashes()
+        if 0 < self.growth_limit < 1:
+            text = "below 1 every update would be smaller than the last; 1.01 is usual, 0 switches it off"
+            found.append(("growth_limit", (), text))
+        return found
 
 
 @dataclass
@@ -190,7 +205,9 @@ class AdapterConfig(BasisConfig):
         if not self.normalize:
             ignored |= dict.fromkeys(("mag_scale", "detach_norm"), "normalize=false")
         if not self.project:
-            ignored |= dict.fromkeys(("core_rank", "finder", "transport", "basis_dtype"), "project=false")
+            ignored |= dict.fromkeys(
+                ("core_rank", "finder", "transport", "basis_dtype", "growth_limit"), "project=false"
+            )
         if self.merge_every == 0:
             ignored["rounding"] = "merge_every=0"
         for key, what in ignored.items():

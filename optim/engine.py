@@ -28,7 +28,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from . import kernels, magnitude, measure, memory, state
+from . import growth, kernels, magnitude, measure, memory, state
 from .config import OptimConfig
 from .layer import unproject
 from .measure import Landed
@@ -37,7 +37,7 @@ from .refresh import Eager, Refresher, due
 from .rules import Rule
 from .scalars import Scalars
 from .unit import Basis, Unit, local
-from .watch import Watch
+from .watch import Watch, missing
 
 Column = kernels.Column
 LAGGED = ("global_estimated", "projected")  # clip modes that in backward know the last step's norm only
@@ -291,6 +291,7 @@ class Engine(torch.optim.Optimizer):
                 continue
             h, w = self.scalars.table[u.index], local(u.param)
             n = u.rule.step_(r, u.state, h, w.dtype)
+            n = growth.limit_(u, n, h, self.reduce) if u.limit else n
             if x.s is not None:
                 magnitude.step_(u, w, n, x.s, x.a, h, self.updates)
                 continue
@@ -316,7 +317,9 @@ class Engine(torch.optim.Optimizer):
         """Ends one update made of `accum_steps` backwards; RuntimeError after more or fewer."""
         if closure is not None:
             raise ValueError("closure: not supported; call backward accum_steps times, then step()")
-        self._close()
+        if wrong := missing(self):
+            self.zero_grad()
+            raise RuntimeError(wrong)
         self._drain(depth=len(self._order))
         for u in self._late:
             self._launch(u)
@@ -341,24 +344,6 @@ class Engine(torch.optim.Optimizer):
         for a in self.adapters:
             a.merge(self.updates, self.scalars)
         self._prepare()
-
-    def _close(self) -> None:
-        """Checks that every leaf got a gradient from each of the step's backwards; else drops them all."""
-        wanted = self.accum_steps * self.passes
-        fired = [[u.fired[i] for i in u.active()] for u in self.units]
-        seen, self_said = max(max(f) for f in fired), f"accum_steps={self.accum_steps}"
-        missing = [u.name for u, f in zip(self.units, fired, strict=True) if min(f) != wanted]
-        if not missing:
-            return
-        self.zero_grad()
-        if seen != wanted:
-            twice = ", each in two passes (clip_mode=two_pass)" if self.passes == 2 else ""
-            raise RuntimeError(f"step() after {seen} backward(s): {self_said}{twice}")
-        raise RuntimeError(
-            f"no gradient in every backward for {', '.join(missing[:5])}"
-            + (f" and {len(missing) - 5} more" if len(missing) > 5 else "")
-            + ": a parameter that the loss does not use must be frozen (requires_grad_(False)) before attach"
-        )
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Drops the gradients of an unfinished step as well; what was updated inside backward stays."""

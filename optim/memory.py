@@ -78,6 +78,8 @@ def state_of(u: Unit) -> list[Entry]:
             out.append(Entry("moment scales", rows * -(-cols // QUANT), torch.float32))
     if u.store == "int8" and u.q and out:
         out.append(Entry("column scale", u.q.r, torch.float32))
+    if "grown" in u.state:
+        out.append(Entry("scalars", 1, wide))
     if u.mag:
         rows = len(local(u.param))
         out += [Entry("magnitudes mag, n", 2 * rows, wide), Entry("moments of mag", 2 * rows, wide)]

@@ -7,6 +7,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from . import moments
+from .refresh import FLOOR
+from .unit import Unit, local
+
 if TYPE_CHECKING:
     from .engine import Engine
 
@@ -38,24 +42,30 @@ def groups(e: Engine) -> list[dict[str, Any]]:
 
 
 def restore(e: Engine, saved: dict[str, Any]) -> None:
-    """Copies into place, after everything was checked: a refused state changes nothing."""
+    """Copies into place, after everything was checked: a refused state changes nothing.
+
+    Moments in another store are converted; a growth limit may come or go."""
     state, mine = saved["state"], collect(e)
     for name in sorted(state.keys() ^ mine.keys()):
         raise ValueError(f"optimizer state of {name}: in only one of the save and this model")
+    stored = {u.name: {*_stored(u), "grown"} for u in e.units}
     for name, kept in mine.items():
-        if state[name].keys() != kept.keys():
+        free = stored.get(name, set())
+        if state[name].keys() - free != kept.keys() - free:
             raise ValueError(
                 f"optimizer state of {name}: saved {sorted(state[name])}, this method keeps {sorted(kept)}"
             )
-        for key, tensor in kept.items():
-            there, here = state[name][key], tensor
+        for key in kept.keys() & state[name].keys():
+            there, here = state[name][key], kept[key]
             if there.shape != here.shape:
                 raise ValueError(
                     f"optimizer state {key} of {name}: saved {tuple(there.shape)}, here {tuple(here.shape)}"
                 )
     for u in e.units:
+        _moments(u, state[u.name])
         for key, tensor in u.state.items():
-            tensor.copy_(state[u.name][key])
+            if key not in _stored(u):
+                tensor.copy_(state[u.name][key]) if key in state[u.name] else tensor.zero_()
         e.scalars.t[u.index] = state[u.name]["t"]
     for b in e.bases:
         b.load_(*(state[b.name][k] for k in ("qs", "count", "fresh")))
@@ -70,3 +80,28 @@ def restore(e: Engine, saved: dict[str, Any]) -> None:
     r.seed, r.kept, r.fallbacks = e.seed, int(own["kept"]), int(own["fallbacks"])
     for g, there in zip(e.param_groups, saved.get("param_groups", []), strict=False):
         g |= {k: v for k, v in there.items() if k != "params"}
+
+
+def _stored(u: Unit) -> set[str]:
+    """Keys of the moments and what their store has beside them."""
+    return {"d", *u.rule.moments, *(f"{k}_scale" for k in u.rule.moments)}
+
+
+def _moments(u: Unit, saved: dict[str, Tensor]) -> None:
+    """Bit for bit from the same store, else by value."""
+    keys = _stored(u)
+    mine = {k: t for k, t in u.state.items() if k in keys}
+    there = {k: t for k, t in saved.items() if k in keys}
+    if {k: t.dtype for k, t in mine.items()} == {k: t.dtype for k, t in there.items()}:
+        for k, t in mine.items():
+            t.copy_(there[k])
+        return
+    wide = moments.wide(local(u.param).dtype)
+    there = {k: t.to(local(u.param).device) for k, t in there.items()}
+    values = {k: moments.load(there, k, wide) for k in u.rule.moments}
+    if "d" in u.state:  # R's root mean square over rows, as the second moment remembers it
+        d = values["v"].mean(0).sqrt() if "v" in values else torch.zeros_like(u.state["d"])
+        u.state["d"].copy_(torch.where(d.max() > 0, d.clamp(min=FLOOR * d.max()), 1.0))
+    yes = torch.ones((), device=local(u.param).device)
+    for k, x in values.items():
+        moments.save_(u.state, k, x, yes, yes, yes * u.index)

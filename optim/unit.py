@@ -120,6 +120,7 @@ class Unit:
     decay: float  # decoupled
     store: str  # fp32 | bf16 | int8
     mag: Magnitude | None = None  # None: W is trained as it is, not as magnitude and direction
+    limit: float = 0.0  # of growth: growth.py; 0: none
     adapter: Adapter | None = None  # whose factor or magnitude this is: its gradient arrives whole
     index: int = 0
     layers: list[ProjectedLinear] = field(default_factory=list)  # that use it; none: dense
@@ -165,6 +166,8 @@ class Unit:
         self.state |= moments.init(self.store, self.shape, w.device, wide, self.rule.moments)
         if self.q and self.store == "int8" and self.rule.moments:
             self.state["d"] = torch.ones(self.q.r, device=w.device)
+        if self.limit and self.projected:
+            self.state["grown"] = torch.zeros((), dtype=wide, device=w.device)
         if self.mag:  # magnitude.begin sets mag and n
             ones, row = w.new_ones(len(w), dtype=wide), w.new_zeros(1, len(w), dtype=wide)
             self.state |= {"mag": ones, "n": ones.clone(), "mag_m": row, "mag_v": row.clone()}

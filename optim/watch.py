@@ -71,3 +71,21 @@ class Watch:
 
     def __reduce__(self) -> tuple[Any, ...]:
         return _Nothing, ()
+
+
+def missing(e: Engine) -> str:
+    """What is wrong at step(), else empty: not every leaf got a gradient from each of its backwards."""
+    wanted = e.accum_steps * e.passes
+    fired = [[u.fired[i] for i in u.active()] for u in e.units]
+    names = [u.name for u, f in zip(e.units, fired, strict=True) if min(f) != wanted]
+    if not names:
+        return ""
+    seen = max(max(f) for f in fired)
+    if seen != wanted:
+        twice = ", each in two passes (clip_mode=two_pass)" if e.passes == 2 else ""
+        return f"step() after {seen} backward(s): accum_steps={e.accum_steps}{twice}"
+    more = f" and {len(names) - 5} more" if len(names) > 5 else ""
+    return (
+        f"no gradient in every backward for {', '.join(names[:5])}{more}: a parameter that the loss does not "
+        "use must be frozen (requires_grad_(False)) before attach"
+    )

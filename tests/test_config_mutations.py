@@ -23,7 +23,7 @@ PROJECTED = [k for k in KNOWN if k not in leaves(Config())]
 INTS = ["steps", "tokens_per_step", "micro_batch", "seq_len", "seed", "eval_every", "save_every", "keep_last"]
 PROJECTED_INTS = ["optim.rank", "optim.refresh_every"]
 FLOATS = [f"optim.{k}" for k in "lr scale beta1 beta2 eps decay clip warmup min_lr_ratio".split()]
-FLOATS.append("activations.checkpoint")
+FLOATS += ["activations.checkpoint", "save_minutes"]
 NOT_NULL = [k for k in INTS if k != "steps"] + [k for k in FLOATS if k != "optim.lr"]
 NOT_NULL += [f"optim.{k}" for k in "moments clip_mode refresh finder side share transport".split()]
 OPTIONS = {group: group_options(group) for group in GROUPS}
@@ -38,6 +38,8 @@ OUTSIDE = {
     "seed": ["-1", "2147483648"],
     "eval_every": ["0", "-3"],
     "save_every": ["0", "-7"],
+    "save_minutes": ["-1", "nan", "inf", "1e7"],
+    "spike": ["on", "ignore", "Skip"],
     "keep_last": ["0", "-2"],
     "optim.lr": ["0", "-1e-3", "10.5", "nan", "inf"],
     "optim.scale": ["0", "-0.25", "100.5", "inf", "nan"],
@@ -52,6 +54,7 @@ OUTSIDE = {
     "optim.embed_moments": ["bf16", "int8", "none"],
     "optim.clip_mode": ["exakt", "global", "lagged"],
     "optim.update": ["before", "in_step", "inbackward"],
+    "optim.growth_limit": ["-1", "0.5", "nan", "1001"],
     "optim.rank": ["0", "-4", "65537", "99999999999999999999"],
     "optim.refresh_every": ["0", "-1", "1000001"],
     "optim.refresh": ["lazy", "stagered", "never"],
@@ -69,7 +72,7 @@ OUTSIDE = {
 }
 # Names of settings that do not exist yet, and of other programs.
 UNBUILT = (
-    "deterministic graph plan spike profile activations.velora activations.layers "
+    "graph plan rewind trace activations.velora activations.layers "
     "optim.lift optim.rounding optim.mag_scale optim.damping optim.weight_decay "
     "model.hidden batch_size max_steps data.shuffle run.id"
 ).split()
@@ -106,6 +109,8 @@ def invalid_ones() -> list[tuple[str, str, str]]:
         value = rng.choice(["abc", "true", "[0.1]", "{a:1}", "'0.1'", "1e-3x"])
         cases.append((f"{key}={value}", key, value))
     cases += [(f"optim.share={v}", "optim.share", v) for v in ("1", "yes_", "'true'", "q", "0.5")]
+    for key in ("deterministic", "profile", "optim.lr_range"):
+        cases += [(f"{key}={v}", key, v) for v in ("1", "on", "null", "'false'")]
     cases += [(f"{key}=null", key, "null") for key in NOT_NULL]
     cases += [(f"{key}=", key, "") for key in rng.sample(KNOWN, 8)]
     cases += [(f"{key}=''", key, "''") for key in ("run.name", "run.dir", "data.cache")]

@@ -3,7 +3,6 @@
 import json
 import math
 import shutil
-from functools import partial
 from types import SimpleNamespace
 
 import pytest
@@ -18,7 +17,7 @@ from llama import checkpoint
 from llama import eval as evaluation
 from llama.eval import evaluate
 from llama.model import ModelConfig, build_model
-from llama.pretrained import write_config
+from llama.pretrained import config_text
 
 CFG = ModelConfig(
     vocab_size=300, hidden_size=32, intermediate_size=44, num_hidden_layers=2, num_attention_heads=4
@@ -137,8 +136,9 @@ def written(tmp_path_factory, model):
         ["data=local", *files, "micro_batch=2", "seq_len=12", "tokens_per_step=48", "data.workers=0"]
     )
     (run / "config.yaml").write_text(schema.to_yaml(cfg))
-    config = partial(write_config, CFG, dtype=torch.float32, eos_token_id=2)
-    folder = checkpoint.save(run, 2, model, {}, {}, keep_last=1, write_config=config)
+    tensors = {"model.safetensors": dict(model.state_dict()), "optim.safetensors": {}}
+    texts = {"config.json": config_text(CFG, dtype=torch.float32, eos_token_id=2), checkpoint.STATE: "{}"}
+    folder = checkpoint.write(run, 2, tensors, texts, keep_last=1)
     return SimpleNamespace(root=root, run=run, folder=folder)
 
 

@@ -4,7 +4,6 @@ import json
 import random
 import shutil
 import sys
-from functools import partial
 from types import SimpleNamespace
 
 import pytest
@@ -18,7 +17,7 @@ from llama import export as exporting
 from llama import generate as generation
 from llama.generate import generate
 from llama.model import ModelConfig, build_model, empty_model
-from llama.pretrained import FolderError, load_config, load_model, load_weights, write_config
+from llama.pretrained import FolderError, config_text, load_config, load_model, load_weights, write_config
 
 transformers = pytest.importorskip("transformers")
 
@@ -67,8 +66,10 @@ def make_run(tmp_path, tokenizer_file):
         with torch.no_grad():
             for p in model.parameters():
                 p.mul_(4)
-        config = partial(write_config, cfg, dtype=dtype, eos_token_id=1, pad_token_id=0, seq_len=16)
-        checkpoint.save(run, 2, model, {}, {}, keep_last=1, write_config=config)
+        tensors = {"model.safetensors": dict(model.state_dict()), "optim.safetensors": {}}
+        config = config_text(cfg, dtype=dtype, eos_token_id=1, pad_token_id=0, seq_len=16)
+        texts = {"config.json": config, checkpoint.STATE: "{}"}
+        checkpoint.write(run, 2, tensors, texts, keep_last=1)
         shutil.copyfile(tokenizer_file, run / "tokenizer.model")
         return SimpleNamespace(run=run, model=model, out=tmp_path / "out")
 

@@ -105,34 +105,6 @@ def test_a_finished_run_says_so(whole, command, capfd):
     assert (whole / "metrics.jsonl").read_bytes() == before
 
 
-def test_a_longer_run_goes_on_and_says_what_changed(whole, command, tmp_path, capfd):
-    import shutil
-
-    shutil.copytree(whole, tmp_path / "r")
-    assert train.main(command(tmp_path, "steps=8")) == 0
-    assert "steps=8: was 6" in capfd.readouterr().err
-    assert [r["step"] for r in rows(tmp_path / "r") if "loss" in r] == list(range(1, 9))
-
-
-@pytest.mark.parametrize(
-    "change",
-    [
-        "seq_len=16",
-        "seed=1",
-        "model.hidden_size=64",
-        "data.packing=paper",
-        "optim.beta2=0.95",
-        "tokens_per_step=512",
-    ],
-)
-def test_a_change_that_cannot_be_gone_on_with_is_refused(whole, command, capfd, change):
-    before = (whole / "config.yaml").read_bytes()
-    assert train.main(command(whole.parent, "steps=8", change)) == 2
-    message = capfd.readouterr().err
-    assert change in message and "run.name" in message and "Traceback" not in message
-    assert (whole / "config.yaml").read_bytes() == before
-
-
 def torchrun(n, args):
     command = [
         sys.executable,
