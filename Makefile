@@ -58,7 +58,7 @@ train: $(READY)
 	$(PY) -m llama.generate $(RUN) "The Congress should"
 
 test: $(READY)
-	$(PY) -m pytest $(ARGS)
+	$(PY) -m pytest -n 2 --dist loadfile $(ARGS)
 
 lint: $(READY)
 	$(PY) -m ruff check

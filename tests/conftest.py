@@ -5,6 +5,10 @@ import os
 import random
 
 import pytest
+from hypothesis import settings
+
+settings.register_profile("untimed", deadline=None)  # a busy machine is no failure
+settings.load_profile("untimed")
 
 # Two test processes on two cores; also keeps CPU sums reproducible.
 os.environ.setdefault("OMP_NUM_THREADS", "1")

@@ -137,12 +137,15 @@ def attack(method: str, kills: int, rng: random.Random, corpus: Path, folder: Pa
     while True:
         last = out.kills >= kills
         in_save = not last and rng.random() < 0.45
+        need = rng.choice((0, 1, 1, 2))  # saves of this process before it may be killed
+        before, wait = len(saves(run)), rng.uniform(0, 4 * SAVE_EVERY / STEPS) * whole
         flag.unlink(missing_ok=True)
-        pid = child(killed, 0.3 if in_save else 0, flag)
-        began, at = time.monotonic(), rng.uniform(0.02, 0.5) * whole + 0.15
+        pid, began = child(killed, 0.3 if in_save else 0, flag), time.monotonic()
         while os.waitpid(pid, os.WNOHANG) == (0, 0):
-            inside = flag.exists()
-            if not last and (in_save and inside or time.monotonic() - began > (5 * at if in_save else at)):
+            if len(saves(run)) < before + need:
+                began = time.monotonic()
+            inside, late = flag.exists(), time.monotonic() - began > wait
+            if not last and (inside if in_save and len(saves(run)) >= before + need else late):
                 os.kill(pid, signal.SIGKILL)
                 os.waitpid(pid, 0)
                 out.kills += 1
@@ -155,7 +158,7 @@ def attack(method: str, kills: int, rng: random.Random, corpus: Path, folder: Pa
             go_back(run, rng)  # it ended before its time
             continue
         got = rows_of(run)
-        out.resumes += bool(list(run.glob("checkpoints/step_????????")))
+        out.resumes += bool(saves(run))
         newest = max(got, default=0)
         # rows on disk may be older than the last flush, but those that are there are the right ones
         out.same &= all(got[s] == want[s] for s in got if s < newest)
@@ -163,12 +166,16 @@ def attack(method: str, kills: int, rng: random.Random, corpus: Path, folder: Pa
     return out
 
 
+def saves(run: Path) -> list[Path]:
+    return list(run.glob("checkpoints/step_????????"))
+
+
 def go_back(run: Path, rng: random.Random) -> None:
     """To any of its saves, or to the beginning."""
     from llama import checkpoint
 
-    saves = checkpoint.complete(run)
-    for path in saves[: rng.randint(1, len(saves))]:
+    made = checkpoint.complete(run)
+    for path in made[: rng.randint(1, len(made))]:
         shutil.rmtree(path)
 
 

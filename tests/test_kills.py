@@ -11,7 +11,6 @@ from tests.mutants import kills
 @kills(
     "llama/checkpoint.py", "tmp = final.with_name(final.name + ", "tmp = final.with_name(final.name[:-1] + "
 )
-def test_a_killed_run_becomes_what_it_would_have(monkeypatch):
+def test_a_killed_run_becomes_what_it_would_have():
     for out in harness.attacks(["adamw", "galore_8bit"], kills=8, seed=3):
-        assert out.same and out.kills == 4, out
-        assert out.resumes > 0, out
+        assert out.same and out.kills == 4 and out.resumes > 0, out
