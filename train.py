@@ -59,8 +59,12 @@ class Run:
         self.dtype = (
             torch.bfloat16 if (cfg.weights or ("bf16" if cuda else "fp32")) == "bf16" else torch.float32
         )
+        before = checkpoint.read_state(source)["data"] if source else None
+        files = comm.first(lambda: data.listing(cfg.data, before))  # hubs count calls: one for all ranks
         self.dataset = comm.node_first(
-            lambda: data.build(cfg.data, vocab_size=cfg.model.vocab_size, seq_len=cfg.seq_len, seed=cfg.seed)
+            lambda: data.build(
+                cfg.data, vocab_size=cfg.model.vocab_size, seq_len=cfg.seq_len, seed=cfg.seed, files=files
+            )
         )
         self.held_out = comm.node_first(self.dataset.validation)
         self.model = build_model(cfg.model, comm.device, self.dtype, cfg.seed)
