@@ -9,6 +9,7 @@ import re
 import socket
 import struct
 import threading
+import time
 from collections import Counter, deque
 from urllib.parse import parse_qs, urlsplit
 
@@ -40,7 +41,7 @@ class StandIn:
         self.plan, self.api_plan = deque(), deque()
         self.hits, self.requests = Counter(), []  # faults that happened; (path, Range) of every request
         self.down, self.refuses, self.token = False, None, None
-        self.unstall = threading.Event()
+        self.unstall, self.stall_s = threading.Event(), 5
         self._lock, self._signed = threading.Lock(), 0
         self._servers = [_serve(self, Front), _serve(self, Store)]
         self.address, self.store = (f"http://127.0.0.1:{s.server_port}" for s in self._servers)
@@ -202,7 +203,7 @@ class Store(Handler):
             self.answer(body, status, headers, body[: len(body) // 2])
             if fault == "stall":
                 self.wfile.flush()
-                self.hub.unstall.wait(30)
+                self.hub.unstall.wait(self.hub.stall_s)
             return None
         return self.answer(body, status, headers)
 
@@ -231,6 +232,15 @@ def layout(ending=".gz", pack=gzip.compress):
         for split, shards in TEXTS.items()
         for i, texts in enumerate(shards)
     }
+
+
+def until(condition):
+    """Waits for what a thread or a process does; fails where it never does."""
+    for _ in range(1000):
+        if condition():
+            return
+        time.sleep(0.01)
+    raise AssertionError("it never happened")
 
 
 def quick(monkeypatch):
