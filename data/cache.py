@@ -58,8 +58,6 @@ def listing(cfg: DataConfig, state: dict[str, object] | None = None) -> Listing 
     of = (state or {}).get("of")
     revision = of.get("data.revision") if isinstance(of, dict) else None
     kept, address = kept_listings(cfg), endpoint(cfg)
-    if revision in kept:
-        return replace(kept[revision], endpoint=address)
     known = [k for k in kept.values() if k.endpoint == address and not revision]
     limit_s = KEPT_S if known else hub.LIST_S
     server = Hub(address)

@@ -109,9 +109,9 @@ class Dataset:
         state = dict(state or {})
         known = state.pop("of", self._identity)
         for key, value in self._identity.items():
-            if known.get(key) != value:
+            if known.get(key, value) != value:  # data.revision: unknown where a copy in a folder was read
                 raise DataError(
-                    f"{key}={value}: the checkpoint was saved with {known.get(key)}, "
+                    f"{key}={value}: the checkpoint was saved with {known[key]}, "
                     "its position in the data means nothing here; "
                     "give back what it had, or start another run with run.name=NAME"
                 )

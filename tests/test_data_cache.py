@@ -13,6 +13,7 @@ import pytest
 
 from data import DataConfig, DataError, cache, hub, listing
 from data.cache import Opener, Shelf
+from data.prepare import prepare
 from tests.hub import C4, c4, digests, layout, until
 from tests.mutants import kills
 
@@ -289,3 +290,10 @@ def test_a_killed_download_goes_on_from_what_it_had(stand_in, tmp_path):
     spans = [span for path, span in stand_in.requests if "/store/" in path]
     assert spans == [None, f"bytes={size // 2}-"]
     assert set(stored(tmp_path)) == {names[0]}
+
+
+def test_preparing_reads_the_hub_too(stand_in, tmp_path, c4_model):
+    cfg = DataConfig("c4", cache=str(tmp_path / "cache"), workers=0, tokenizer=str(c4_model))
+    meta = prepare(cfg, tmp_path / "out", 300)
+    assert sum(s["documents"] for s in meta["splits"]["train"]) == 240
+    assert set(stand_in.downloads().values()) == {1}
