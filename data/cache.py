@@ -143,7 +143,8 @@ class Shelf:
                 if not path.exists():
                     self._make_room(name, {*busy, name})
                     server.download(self.files, name, path)
-                    self._checked.add((name, path.stat().st_ino))
+                    with suppress(FileNotFoundError):  # removed by another process already
+                        self._checked.add((name, path.stat().st_ino))
         return file
 
     def _cached(self, path: Path) -> BinaryIO | None:
@@ -155,14 +156,14 @@ class Shelf:
         lock(file, fcntl.LOCK_SH)
         state, (size, digest) = os.fstat(file.fileno()), self.files.files[path.name]
         mark = (path.name, state.st_ino)
-        if state.st_size != size or mark not in self._checked and hub.hash_of(path, digest) != digest:
+        if state.st_size != size or mark not in self._checked and hub.hash_of(file, digest) != digest:
             log.warning("data=c4: %s is damaged, fetching it again", path)
             file.close()
             path.unlink(missing_ok=True)
             return None
         self._checked.add(mark)
         with suppress(PermissionError):  # somebody else's
-            os.utime(path)
+            os.utime(file.fileno())
         return file
 
     @contextmanager

@@ -27,7 +27,7 @@ from email.utils import parsedate_to_datetime
 from functools import partial
 from importlib import import_module
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, BinaryIO, TypeVar
 from urllib.parse import parse_qsl, quote, urlsplit
 
 from .archive import one_line
@@ -78,9 +78,8 @@ class Listing:
     repo: str  # allenai/c4
     folder: str  # of the files within it, en; "" for the top
     revision: str  # the commit's hash
-    files: dict[
-        str, tuple[int, str]
-    ]  # name -> (bytes, "sha256:..." or, of a small file in git itself, "git:...")
+    # name -> (bytes, "sha256:..." or, for what lies in git itself, "git:...")
+    files: dict[str, tuple[int, str]]
 
     def url(self, name: str) -> str:
         from huggingface_hub import hf_hub_url
@@ -96,9 +95,7 @@ class Hub:
 
     def __init__(self, endpoint: str, stop: threading.Event | None = None) -> None:
         self.endpoint, self.stop = endpoint, stop or threading.Event()
-        self.served = (
-            False  # whether a file has come: before that a refusal is a matter of how things are set
-        )
+        self.served = False  # whether a file has come; before that a refusal is a matter of settings
 
     def tree(
         self, kind: str, repo: str, folder: str, wanted: str, revision: str | None, limit_s: float
@@ -241,7 +238,8 @@ class Hub:
             fault.progress = _size(part) > have
             raise
         try:
-            right = _size(part) == size and hash_of(part, digest) == digest
+            with open(part, "rb") as file:
+                right = _size(part) == size and hash_of(file, digest) == digest
             if right:
                 os.replace(part, path)
         except FileNotFoundError:
@@ -287,13 +285,14 @@ def writing(path: Path) -> Iterator[None]:
         ) from error
 
 
-def hash_of(path: Path, like: str) -> str:
-    """The file's hash in the form of `like`: sha256:..., or git:..., which is that of a blob."""
-    kind = like.partition(":")[0]
-    with open(path, "rb") as file:
-        content = hashlib.sha256() if kind == "sha256" else hashlib.sha1(b"blob %d\0" % _size(path))
-        while block := file.read(HASHED):
-            content.update(block)
+def hash_of(file: BinaryIO, like: str) -> str:
+    """The hash of an open file in the form of `like`: sha256:..., or git:..., which is that of a blob."""
+    kind, size = like.partition(":")[0], os.fstat(file.fileno()).st_size
+    content = hashlib.sha256() if kind == "sha256" else hashlib.sha1(b"blob %d\0" % size)
+    file.seek(0)
+    while block := file.read(HASHED):
+        content.update(block)
+    file.seek(0)
     return f"{kind}:{content.hexdigest()}"
 
 

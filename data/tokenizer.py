@@ -136,8 +136,9 @@ def fetched(name: str, cfg: DataConfig) -> Path:
     note = path.with_suffix(".json")  # where it came from, and its hash
     if path.is_file():
         digest = json.loads(note.read_text())["hash"] if note.is_file() else None
-        if digest is None or hub.hash_of(path, digest) == digest:
-            return path
+        with open(path, "rb") as kept:
+            if digest is None or hub.hash_of(kept, digest) == digest:
+                return path
         log.warning("data.tokenizer=%s: %s is damaged, fetching it again", name, path)
         path.unlink()
     from huggingface_hub import try_to_load_from_cache
