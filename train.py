@@ -68,8 +68,12 @@ class Run:
         self.dtype = (
             torch.bfloat16 if (cfg.weights or ("bf16" if cuda else "fp32")) == "bf16" else torch.float32
         )
+        before = checkpoint.read_state(source)["data"] if source else None
+        files = comm.first(lambda: data.listing(cfg.data, before))  # hubs count calls: one for all ranks
         self.dataset = comm.node_first(
-            lambda: data.build(cfg.data, vocab_size=cfg.model.vocab_size, seq_len=cfg.seq_len, seed=cfg.seed)
+            lambda: data.build(
+                cfg.data, vocab_size=cfg.model.vocab_size, seq_len=cfg.seq_len, seed=cfg.seed, files=files
+            )
         )
         self.held_out = comm.node_first(self.dataset.validation)
         self.model = build_model(cfg.model, comm.device, self.dtype, cfg.seed)
@@ -170,9 +174,10 @@ class Run:
         if step == 0:
             self.evaluate(0)
         while step < self.steps:
-            batch = next(self.loader)
+            batch = self.loader.wait(lambda: stop.asked)  # an outage of the hub may last
             flags = (stop.asked, self.failed, self.back, self.save_is_due(step))
-            valid, digest, asked, failed, back, due = self.comm.sums(batch.valid, batch.digest, *flags)
+            counts = (batch.valid, batch.digest) if batch else (0, 0)
+            valid, digest, asked, failed, back, due = self.comm.sums(*counts, *flags)
             if failed:
                 newest = f"; the newest save is step {self.saver.newest}" if self.saver else ""
                 raise Stopped(
@@ -188,6 +193,7 @@ class Run:
                 what = f"saved at step {step}" if step else "stopped before the first step"
                 log.info("%s: %s; the same command goes on from there", stop.name, what)
                 return
+            assert batch is not None
             step += 1
             self.trace.begin(step)
             self.step(step, batch, max(1, valid))
@@ -255,9 +261,10 @@ class Run:
         """optim.lr_range=true: steps of rising lr until the loss gets worse; a plot and a suggestion."""
         stop, lrs, losses = Signals(), list[float](), list[float | None]()
         for step in range(1, self.steps + 1):
-            batch = next(self.loader)
-            valid, asked, ended = self.comm.sums(batch.valid, stop.asked, lr_range.ended(losses))
-            if asked or ended:
+            batch = self.loader.wait(lambda: stop.asked)
+            flags = (stop.asked, lr_range.ended(losses))
+            valid, asked, ended = self.comm.sums(batch.valid if batch else 0, *flags)
+            if asked or ended or batch is None:
                 break
             self.step(step, batch, max(1, valid))
             if self.book and (step % 10 == 0 or step == self.steps):

@@ -19,7 +19,8 @@ MAY_CHANGE = (
     "micro_batch",
     "run.",
     "data.workers",
-    "data.cache",
+    "data.cache",  # and cache_gib
+    "data.path",  # a position knows the names and sizes of its files
     "data.validation",
     "optim.lr",
     "optim.scale",

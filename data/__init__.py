@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from .config import DamageLimit, DataConfig, DataError
 
 if TYPE_CHECKING:
+    from .cache import listing
     from .evalset import EvalSet
     from .loader import Batch, Dataset, Loader, build
     from .pack import IGNORE
@@ -24,10 +25,11 @@ _HOME = {
     "Loader": "loader",
     "Tokenizer": "tokenizer",
     "build": "loader",
+    "listing": "cache",
 }
 __all__ = [
     "Batch", "DamageLimit", "DataConfig", "DataError", "Dataset",
-    "EvalSet", "IGNORE", "Loader", "Tokenizer", "build",
+    "EvalSet", "IGNORE", "Loader", "Tokenizer", "build", "listing",
 ]  # fmt: skip
 
 

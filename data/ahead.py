@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import queue
 import threading
-from collections.abc import Iterator
-from typing import Generic, TypeVar
+from collections.abc import Callable, Iterator
+from typing import Generic, TypeVar, cast
 
 T = TypeVar("T")
 
@@ -26,15 +26,21 @@ class Ahead(Generic[T]):
         return self
 
     def __next__(self) -> T:
+        return cast(T, self.wait(lambda: False))
+
+    def wait(self, asked: Callable[[], bool]) -> T | None:
+        """The next item; None if asked() is true while none is ready."""
         while not self._closed.is_set():
             if self._error is not None:
                 raise self._error
             try:
                 item, self._error = self._ready.get(timeout=0.1)
             except queue.Empty:
+                if asked():
+                    return None
                 continue
             if self._error is None:
-                return item  # type: ignore[return-value]
+                return item
         raise ValueError("the loader is closed")
 
     def close(self) -> None:

@@ -1,4 +1,4 @@
-"""The bytes of a file: on disk or on the hub, plain, .gz, .xz or .zst."""
+"""The bytes of a file on disk, plain, .gz, .xz or .zst; files written whole or not at all."""
 
 from __future__ import annotations
 
@@ -6,12 +6,13 @@ import gzip
 import io
 import lzma
 import os
+import tempfile
 import zlib
+from pathlib import Path
 from typing import Any, BinaryIO, cast
 
-from .config import DataError
+from .config import DataConfig, DataError
 
-HUB = "hf://"
 FORMATS = (".json", ".jsonl", ".parquet", ".txt")
 PACKED = (".gz", ".xz", ".zst")
 # What the decompressors say of bad input, and nothing that a failing disk or network says.
@@ -37,18 +38,26 @@ def one_line(error: BaseException) -> str:
     return " ".join(f"{type(error).__name__}: {error}".split())[:200]
 
 
-def hub() -> Any:
-    """The hub's file system at $HF_ENDPOINT."""
-    from huggingface_hub import HfFileSystem
-
-    return HfFileSystem(endpoint=os.environ.get("HF_ENDPOINT"))
-
-
 def open_raw(path: str) -> BinaryIO:
-    """The stored bytes of a local path or of hf://datasets/OWNER/NAME/FILE, seekable."""
-    if path.startswith(HUB):
-        return cast(BinaryIO, hub().open(path.removeprefix(HUB), "rb"))
+    """The stored bytes."""
     return open(path, "rb")
+
+
+def cache_dir(cfg: DataConfig) -> Path:
+    """data.cache, or subspan under the user's cache folder."""
+    home = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
+    return Path(cfg.cache or os.path.join(home, "subspan")).expanduser()
+
+
+def write_atomic(path: Path, content: bytes) -> None:
+    """Written aside and renamed: whoever looks, several ranks at once included, sees a whole file or none."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.NamedTemporaryFile(dir=path.parent, prefix=path.name, delete=False) as aside:
+        aside.write(content)
+        aside.flush()
+        os.fsync(aside.fileno())
+    os.chmod(aside.name, 0o644)
+    os.replace(aside.name, path)
 
 
 def unpacked(raw: BinaryIO, packed: str) -> BinaryIO:

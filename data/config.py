@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from typing import Any
+from urllib.parse import urlsplit
 
 SOURCES = ("c4", "local", "tokens", "sample")
 PACKINGS = ("dense", "paper")
@@ -45,7 +46,10 @@ class DataConfig:
     tokenizer: str | None = None  # a SentencePiece model file, t5, llama or train; None: the source's default
     workers: int | None = None  # tokenizing processes; None: 0 on a CPU, a few on a GPU
     cache: str | None = None  # None: $XDG_CACHE_HOME/subspan or ~/.cache/subspan
-    path: str | None = None  # c4 only: a folder with C4's layout
+    cache_gib: float = 20.0  # c4 only: GiB of shards kept there, at least two (320 MB each)
+    path: str | None = (
+        None  # c4 only: a folder with C4's layout, or the https:// address of a mirror of the hub
+    )
 
     def problems(self) -> list[str]:
         """Everything wrong that needs no look at a file: one line each, `data.key=value: reason; way out`."""
@@ -54,7 +58,7 @@ class DataConfig:
         found = []
         if self.packing not in PACKINGS:
             found.append(f"data.packing={self.packing}: no such packing; choose dense or paper")
-        found += self._types()
+        found += self._types() + self._hub_problems()
         for key, (reason, way_out) in _UNUSED[self.name].items():
             value = getattr(self, key)
             if value is not None:
@@ -72,6 +76,21 @@ class DataConfig:
             found.append(
                 "data.validation=null: no text to evaluate on; "
                 "set data.validation=GLOB, kept apart from data.train"
+            )
+        return found
+
+    def _hub_problems(self) -> list[str]:
+        gib, path = self.cache_gib, self.path
+        found = []
+        if isinstance(gib, bool) or not isinstance(gib, int | float) or not 0 < gib <= 2**20:
+            found.append(f"data.cache_gib={gib}: not a size from above 0 to {2**20} GiB; 20 is the default")
+        elif gib != DataConfig.cache_gib and (self.name != "c4" or path and not is_url(path)):
+            found.append(
+                f"data.cache_gib={gib}: would be ignored, only data=c4 keeps what it downloads; drop it"
+            )
+        if isinstance(path, str) and "://" in path and not is_url(path):
+            found.append(
+                f"data.path={path}: no address of a mirror; give http:// or https:// with a host, or a folder"
             )
         return found
 
@@ -93,6 +112,15 @@ class DataConfig:
                 "drop it for the default"
             )
         return found
+
+
+def is_url(path: Any) -> bool:
+    """Whether data.path is a mirror's address and no folder."""
+    try:
+        parts = urlsplit(path) if isinstance(path, str) else None
+        return parts is not None and parts.scheme in ("http", "https") and bool(parts.hostname)
+    except ValueError:  # a bracket without its other
+        return False
 
 
 def globs(value: Any) -> list[str]:

@@ -1,4 +1,4 @@
-"""Documents from files: json, jsonl, parquet or txt, each plain, .gz, .xz or .zst, on disk or on the hub.
+"""Documents from files: json, jsonl, parquet or txt, each plain, .gz, .xz or .zst.
 
 json and jsonl: one object a line with a string "text"; a .json that starts with "[" is one array of them.
 parquet: the column "text". txt: pieces of whole paragraphs of at least 8 kB; a text without blank lines is
@@ -57,13 +57,17 @@ class Damage:
             )
 
 
-def documents(path: str, start: int, damage: Damage) -> Iterator[tuple[int, str]]:
+def documents(
+    path: str, start: int, damage: Damage, opened: BinaryIO | None = None
+) -> Iterator[tuple[int, str]]:
     """The good documents of a file after its first `start` records, as (its record, from 1, and text).
+
+    `opened` is the file where its owner opens it; closed in the end.
 
     A record is a line, an array item, a parquet row or a piece of text, so that a position is one number.
     """
     kind, packed = split_name(path)
-    with open_raw(path) as raw, unpacked(raw, packed) as stream:
+    with opened or open_raw(path) as raw, unpacked(raw, packed) as stream:
         if kind == ".parquet":
             found = _parquet(stream, bool(packed), path, start, damage)
         elif kind == ".txt":

@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 import os
 import zlib
-from collections.abc import Generator, Iterator
+from collections.abc import Callable, Generator, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -19,9 +19,11 @@ import torch
 from torch import Tensor
 
 from .ahead import Ahead
+from .cache import listing
 from .config import DataConfig, DataError, globs
 from .evalset import EvalSet, eval_set, first
 from .files import Damage
+from .hub import Listing
 from .pack import IGNORE, Dense, Mixed, Paper, dense_rows, group_rows, groups, paper_rows
 from .shards import ShardRows, Shards
 from .source import Cursor, Source, text_sources
@@ -55,20 +57,27 @@ class Rows(Protocol):
     def close(self) -> None: ...
 
 
-def build(cfg: DataConfig, *, vocab_size: int, seq_len: int, seed: int) -> Dataset:
-    """The data of a run: files found, tokenizer found, fetched or trained. DataError for what cannot work."""
+def build(
+    cfg: DataConfig, *, vocab_size: int, seq_len: int, seed: int, files: Listing | None = None
+) -> Dataset:
+    """The data of a run: files found, tokenizer found, fetched or trained. DataError for what cannot work.
+
+    `files` is what data.listing returned to the first rank; without it this process asks the hub itself.
+    """
     problems = cfg.problems()
     if seed < 0:
         problems.append(f"seed={seed}: a seed is not negative; give 0 or more")
     if problems:
         raise DataError("\n".join(problems))
-    return Dataset(cfg, vocab_size, seq_len, seed)
+    return Dataset(cfg, vocab_size, seq_len, seed, files or listing(cfg))
 
 
 class Dataset:
     """Training rows and validation tokens of one configuration."""
 
-    def __init__(self, cfg: DataConfig, vocab_size: int, seq_len: int, seed: int) -> None:
+    def __init__(
+        self, cfg: DataConfig, vocab_size: int, seq_len: int, seed: int, files: Listing | None = None
+    ) -> None:
         self.cfg, self.seq_len, self.seed = cfg, seq_len, seed
         self._eval: dict[int, EvalSet] = {}
         self._shards: tuple[ShardRows, Shards] | None = None
@@ -76,7 +85,7 @@ class Dataset:
             self.tokenizer, self._shards = self._open_shards(vocab_size)
             content = self._shards[0].shards.fingerprint()
         else:
-            self._train, self._validation = text_sources(cfg, seed)
+            self._train, self._validation = text_sources(cfg, seed, files)
             self.tokenizer = find_tokenizer(cfg, self._train, vocab_size)
             content = self._train.fingerprint()
         # What a position refers to; another value means another order.
@@ -88,6 +97,8 @@ class Dataset:
             "seed": seed,
             "seq_len": seq_len,
         }
+        if files is not None:
+            self._identity["data.revision"] = files.revision
 
     def loader(
         self, rows: int, rank: int = 0, world: int = 1, state: dict[str, Any] | None = None, pin: bool = False
@@ -98,9 +109,9 @@ class Dataset:
         state = dict(state or {})
         known = state.pop("of", self._identity)
         for key, value in self._identity.items():
-            if known.get(key) != value:
+            if known.get(key, value) != value:  # data.revision: unknown where a copy in a folder was read
                 raise DataError(
-                    f"{key}={value}: the checkpoint was saved with {known.get(key)}, "
+                    f"{key}={value}: the checkpoint was saved with {known[key]}, "
                     "its position in the data means nothing here; "
                     "give back what it had, or start another run with run.name=NAME"
                 )
@@ -229,6 +240,7 @@ class _TextStream:
     ) -> None:
         self.damage, self._source, self._pool = damage, source, pool
         document, token, group, row = (state.pop(k, 0) for k in ("document", "token", "group", "row"))
+        self._opener = source.opener()
         documents = encoded(self._chunks(Cursor(**state), document), pool)
         self._pack: Mixed[Any] | Paper[Any]
         self._groups: Ahead[Any] | None = None
@@ -239,7 +251,7 @@ class _TextStream:
             self._pack = Paper(documents, seq_len, pool.tokenizer.pad_id)
 
     def _chunks(self, at: Cursor, first: int) -> Iterator[tuple[tuple[Cursor, int], list[str]]]:
-        for cursor, texts in self._source.blocks(at, self.damage):
+        for cursor, texts in self._source.blocks(at, self.damage, self._opener):
             for i in range(first, len(texts), CHUNK):
                 yield (cursor, i), texts[i : i + CHUNK]
             first = 0
@@ -250,6 +262,8 @@ class _TextStream:
         return x[low:high], y[low:high], {**asdict(cursor), "document": first + number, **place}
 
     def close(self) -> None:
+        if self._opener is not None:
+            self._opener.close()
         if self._groups is not None:
             self._groups.close()
         self._pool.close()
@@ -298,6 +312,10 @@ class Loader:
 
     def __next__(self) -> Batch:
         return next(self._ahead)
+
+    def wait(self, asked: Callable[[], bool]) -> Batch | None:
+        """The next batch; None if asked() turns true while none is ready, as in an outage of the hub."""
+        return self._ahead.wait(asked)
 
     def __enter__(self) -> Loader:
         return self

@@ -3,7 +3,7 @@
     python -m data.prepare data=local data.train='text/*.jsonl' data.validation=held_out.jsonl out=FOLDER
     python train.py data=tokens data.train=FOLDER
 
-Also data=c4 and data=sample; data.tokenizer, data.workers, data.cache and data.path as in train.py.
+Also data=c4 and data=sample; data.tokenizer, workers, cache, cache_gib and path as in train.py.
 vocab_size (32000) is the model's: the size of a tokenizer that is trained, the limit of any other.
 Documents keep the files' order; the shuffle is made when the shards are read. meta.json is written last: a
 folder that has it is complete.
@@ -22,16 +22,18 @@ from typing import Any
 
 import numpy as np
 
+from .archive import write_atomic
+from .cache import listing
 from .config import DamageLimit, DataConfig, DataError
 from .files import Damage
 from .loader import chunked, default_workers, encoded
 from .shards import META, VERSION
 from .source import Source, text_sources
-from .tokenizer import Tokenizer, find_tokenizer, write_atomic
+from .tokenizer import Tokenizer, find_tokenizer
 from .worker import Pool
 
 SHARD_TOKENS = 100_000_000
-KEYS = ("train", "validation", "tokenizer", "workers", "cache", "path")
+KEYS = ("train", "validation", "tokenizer", "workers", "cache", "cache_gib", "path")
 USAGE = "python -m data.prepare data=local data.train=GLOB data.validation=GLOB out=FOLDER"
 
 
@@ -43,7 +45,7 @@ def prepare(cfg: DataConfig, out: Path, vocab_size: int, seed: int = 0) -> dict[
     if problems:
         raise DataError("\n".join(problems))
     _claim(out)
-    train, validation = text_sources(cfg, seed)
+    train, validation = text_sources(cfg, seed, listing(cfg))
     tokenizer = find_tokenizer(cfg, train, vocab_size)
     write_atomic(out / "tokenizer.model", tokenizer.path.read_bytes())
     dtype = np.dtype("<u2" if tokenizer.vocab_size <= 1 << 16 else "<u4")
@@ -97,7 +99,7 @@ def _write_split(
     held: list[np.ndarray] = []
     size = 0
     progress = _Progress(split, damage)
-    for _, tokens in encoded(chunked(source.documents(damage)), pool):
+    for _, tokens in encoded(chunked(source.documents(damage, ahead=True)), pool):
         held.append(tokens.astype(dtype))
         size += len(tokens)
         progress.add(len(tokens))
@@ -167,6 +169,11 @@ def parse(argv: list[str]) -> tuple[DataConfig, Path, int]:
                 vocab_size = int(value)
             else:
                 cfg.workers = int(value)
+        elif key == "data.cache_gib":
+            try:
+                cfg.cache_gib = float(value)
+            except ValueError:
+                problems.append(f"{key}={value}: not a number; give GiB, such as {key}=50")
         elif key == f"data.{short}" and short in KEYS:
             setattr(cfg, short, _names(value) if short in ("train", "validation") else value)
         else:

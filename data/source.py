@@ -8,23 +8,24 @@ block.
 
 from __future__ import annotations
 
-import fnmatch
 import glob
 import hashlib
 import importlib.util
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from itertools import chain
 
-from .archive import HUB, hub, one_line, split_name
+from .archive import split_name
+from .cache import Opener, Shelf, names
 from .config import DamageLimit, DataConfig, DataError, globs
 from .files import Damage, documents
+from .hub import Listing
 from .pack import permutation
 
 BLOCK_DOCUMENTS = 8192  # shuffled together
 BLOCK_CHARS = 1 << 26  # or fewer documents, where they are long: what a block may hold in memory
-C4 = "datasets/allenai/c4/en"
 HELD_OUT = 50  # data=sample: every 50th speech is for validation
 
 
@@ -41,35 +42,57 @@ class Cursor:
 
 
 class Source:
-    """Documents of a list of files: absolute paths or hf:// names."""
+    """Documents of a list of files: absolute paths, or names on a shelf."""
 
-    def __init__(self, files: list[str], seed: int = 0) -> None:
-        self.files, self.seed = files, seed
-        local = [f for f in files if not f.startswith(HUB)]
-        root = os.path.commonpath([os.path.dirname(f) for f in local]) if local else ""
-        self.names = {f: f if f.startswith(HUB) else os.path.relpath(f, root) for f in files}
+    def __init__(self, files: list[str], seed: int = 0, shelf: Shelf | None = None) -> None:
+        self.files, self.seed, self.shelf = files, seed, shelf
+        root = "" if shelf else os.path.commonpath([os.path.dirname(f) for f in files]) if files else ""
+        self.names = {f: f if shelf else os.path.relpath(f, root) for f in files}
 
     def fingerprint(self) -> str:
         """Of the files' names and sizes: a changed file changes the order that a position refers to."""
-        sizes = [[self.names[f], None if f.startswith(HUB) else os.path.getsize(f)] for f in self.files]
+        known = self.shelf.files.files if self.shelf else None
+        sizes = [[self.names[f], known[f][0] if known else os.path.getsize(f)] for f in self.files]
         return hashlib.sha256(json.dumps(sizes).encode()).hexdigest()
 
-    def documents(self, damage: Damage) -> Iterator[str]:
-        """Every good document once, in the files' order."""
-        for path in self.files:
-            for _, text in documents(path, 0, damage):
-                yield text
+    def opener(self) -> Opener | None:
+        """For one reader of files on a shelf."""
+        return Opener(self.shelf) if self.shelf else None
 
-    def blocks(self, at: Cursor, damage: Damage) -> Iterator[tuple[Cursor, list[str]]]:
+    def documents(self, damage: Damage, ahead: bool = False) -> Iterator[str]:
+        """Every good document once, in the files' order; `ahead`: all of them will be asked for."""
+        opener = self.opener()
+        try:
+            for i, path in enumerate(self.files):
+                following = self.files[i + 1 :] if ahead else []
+                for _, text in self._read(path, 0, damage, opener, following):
+                    yield text
+        finally:
+            if opener:
+                opener.close()
+
+    def _read(
+        self, path: str, start: int, damage: Damage, opener: Opener | None, following: Iterable[str]
+    ) -> Iterator[tuple[int, str]]:
+        if self.shelf is None:
+            return documents(path, start, damage)
+        assert opener is not None, "files on a shelf need an opener"
+        return documents(str(self.shelf.folder / path), start, damage, opener.open(path, following))
+
+    def blocks(
+        self, at: Cursor, damage: Damage, opener: Opener | None = None
+    ) -> Iterator[tuple[Cursor, list[str]]]:
         """Shuffled blocks from `at` on, without end; DamageLimit where a whole epoch has no document."""
         while True:
             damage.documents, damage.damaged = at.documents, at.damaged
-            order = self._order(at.epoch)
+            order, following = self._order(at.epoch), self._order(at.epoch + 1)
             whole, some = at.file == at.record == 0, False
             texts: list[str] = []
             chars = 0
             for file in range(at.file, len(order)):
-                for record, text in documents(order[file], at.record if file == at.file else 0, damage):
+                start = at.record if file == at.file else 0
+                after = chain(order[file + 1 :], following)
+                for record, text in self._read(order[file], start, damage, opener, after):
                     texts.append(text)
                     chars += len(text)
                     if len(texts) == BLOCK_DOCUMENTS or chars >= BLOCK_CHARS:
@@ -94,12 +117,18 @@ class Source:
         return [texts[i] for i in permutation(len(texts), self.seed, at.epoch, at.block)]
 
 
-def text_sources(cfg: DataConfig, seed: int) -> tuple[Source, Source]:
-    """(training, validation) of data=local, sample or c4; DataError where no file can be read."""
+def text_sources(cfg: DataConfig, seed: int, files: Listing | None = None) -> tuple[Source, Source]:
+    """(training, validation) of data=local, sample or c4; DataError where no file can be read.
+
+    `files` are C4's on the hub.
+    """
+    if files is not None:
+        shelf = Shelf(files, cfg)
+        return Source(names(files, "train"), seed, shelf), Source(names(files, "validation"), seed, shelf)
     if cfg.name == "sample":
         train, validation = _speeches()
     elif cfg.name == "c4":
-        train, validation = _c4(cfg.path, "train"), _c4(cfg.path, "validation")
+        train, validation = (_c4(str(cfg.path), split) for split in ("train", "validation"))
     else:
         train, validation = find("data.train", cfg.train), find("data.validation", cfg.validation)
         both = sorted({*map(os.path.realpath, train)} & {*map(os.path.realpath, validation)})
@@ -147,9 +176,7 @@ def _speeches() -> tuple[list[str], list[str]]:
     return [f for i, f in enumerate(files, 1) if i % HELD_OUT], files[HELD_OUT - 1 :: HELD_OUT]
 
 
-def _c4(path: str | None, split: str) -> list[str]:
-    if path is None:
-        return [HUB + f for f in _c4_hub(split)]
+def _c4(path: str, split: str) -> list[str]:
     folder = os.path.expanduser(path)
     for place in (os.path.join(folder, "en"), folder):
         found = sorted(glob.glob(os.path.join(glob.escape(place), f"c4-{split}.*.json*")))
@@ -159,20 +186,3 @@ def _c4(path: str | None, split: str) -> list[str]:
         f"data.path={path}: no file c4-{split}.*.json* there or in its folder en; "
         "name a folder with C4's layout, or drop data.path to stream from the hub"
     )
-
-
-def _c4_hub(split: str) -> list[str]:
-    try:
-        names = hub().ls(C4, detail=False)
-    except Exception as error:  # the hub's client raises its own, httpx's and the system's errors
-        raise DataError(
-            f"data=c4: {C4} cannot be listed on the hub ({one_line(error)}); check the network and "
-            "HF_ENDPOINT, or name a local copy with data.path=FOLDER, or use data=local or data=sample"
-        ) from error
-    found = sorted(n for n in names if fnmatch.fnmatch(os.path.basename(n), f"c4-{split}.*.json.gz"))
-    if not found:
-        raise DataError(
-            f"data=c4: no file c4-{split}.*.json.gz in {C4} on the hub; "
-            "check HF_ENDPOINT, or use data.path=FOLDER"
-        )
-    return found

@@ -7,7 +7,7 @@ import io
 import json
 import logging
 import os
-import tempfile
+import re
 from collections.abc import Iterable, Iterator
 from functools import cached_property
 from pathlib import Path
@@ -15,7 +15,9 @@ from typing import Any
 
 import numpy as np
 
-from .archive import hub, one_line
+from . import hub
+from .archive import cache_dir, one_line, write_atomic
+from .cache import endpoint
 from .config import DataConfig, DataError
 from .files import Damage
 from .source import Source
@@ -98,12 +100,6 @@ class Tokenizer:
         return lengths
 
 
-def cache_dir(cfg: DataConfig) -> Path:
-    """data.cache, or subspan under the user's cache folder."""
-    home = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
-    return Path(cfg.cache or os.path.join(home, "subspan")).expanduser()
-
-
 def find_tokenizer(cfg: DataConfig, train: Source, vocab_size: int) -> Tokenizer:
     """The tokenizer of data.tokenizer, or the source's default: t5 for c4, one trained on the text elsewhere.
 
@@ -113,7 +109,7 @@ def find_tokenizer(cfg: DataConfig, train: Source, vocab_size: int) -> Tokenizer
     if name == "train":
         path = trained(train, vocab_size, cache_dir(cfg))
     elif name in HUB_FILES:
-        path = fetched(name, cache_dir(cfg))
+        path = fetched(name, cfg)
     else:
         path = Path(name).expanduser()
     if not path.is_file():
@@ -133,27 +129,42 @@ def check_size(tokenizer: Tokenizer, name: str, vocab_size: int) -> Tokenizer:
     return tokenizer
 
 
-def fetched(name: str, cache: Path) -> Path:
+def fetched(name: str, cfg: DataConfig) -> Path:
     """The model file of `t5` or `llama`: from our cache, Hugging Face's, or the hub."""
     repo, file = HUB_FILES[name]
-    path = cache / "tokenizers" / f"{name}.model"
+    path = cache_dir(cfg) / "tokenizers" / f"{name}.model"
+    note = path.with_suffix(".json")  # where it came from, and its hash
     if path.is_file():
-        return path
+        digest = json.loads(note.read_text())["hash"] if note.is_file() else None
+        with open(path, "rb") as kept:
+            if digest is None or hub.hash_of(kept, digest) == digest:
+                return path
+        log.warning("data.tokenizer=%s: %s is damaged, fetching it again", name, path)
+        path.unlink()
     from huggingface_hub import try_to_load_from_cache
 
     known = try_to_load_from_cache(repo, file)
     if isinstance(known, str):
         return Path(known)
+    server = hub.Hub(endpoint(cfg))
+    others = "use data.tokenizer=train or a SentencePiece model file"
     try:
-        # Not hf_hub_download: it retries for 23 s before it says that there is no network.
-        with hub().open(f"{repo}/{file}", "rb") as stream:
-            model = stream.read()
-    except Exception as error:  # the hub's client raises its own, httpx's and the system's errors
+        found = server.tree("model", repo, "", re.escape(file), None, hub.LIST_S)
+        if file not in found.files:
+            raise DataError(f"data.tokenizer={name}: no {file} in {repo} at {server.endpoint}; {others}")
+        server.download(found, file, path, hub.LIST_S)
+    except hub.Refused as error:
+        reason = f"{repo} at {server.endpoint} does not give {file} ({error})"
+        if error.status in (401, 403):
+            others = f"it may be gated: get access on its page and set HF_TOKEN, or {others}"
+        raise DataError(f"data.tokenizer={name}: {reason}; {others}") from error
+    except (hub.Fault, hub.Offline) as error:
         raise DataError(
-            f"data.tokenizer={name}: {repo}/{file} cannot be fetched from the hub ({one_line(error)}); "
-            "check the network and HF_ENDPOINT, or use data.tokenizer=train or a SentencePiece model file"
+            f"data.tokenizer={name}: {repo}/{file} cannot be fetched from {server.endpoint} ({error}); "
+            f"check the network and HF_ENDPOINT, or {others}"
         ) from error
-    return _kept(path, model)
+    _kept(note, json.dumps({"repo": repo, "revision": found.revision, "hash": found.files[file][1]}).encode())
+    return path
 
 
 def trained(train: Source, vocab_size: int, cache: Path) -> Path:
@@ -209,14 +220,3 @@ def _sentences(texts: list[bytes]) -> Iterator[str]:
         for line in text.split(b"\n"):
             for at in range(0, len(line), SENTENCE_BYTES):
                 yield line[at : at + SENTENCE_BYTES].decode(errors="ignore")
-
-
-def write_atomic(path: Path, content: bytes) -> None:
-    """Written aside and renamed: whoever looks, several ranks at once included, sees a whole file or none."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.NamedTemporaryFile(dir=path.parent, prefix=path.name, delete=False) as aside:
-        aside.write(content)
-        aside.flush()
-        os.fsync(aside.fileno())
-    os.chmod(aside.name, 0o644)
-    os.replace(aside.name, path)

@@ -19,6 +19,10 @@ import torch  # noqa: E402 - after the variables above
 torch.set_num_threads(1)
 
 from data import pack  # noqa: E402
+from data.source import Source  # noqa: E402
+from data.tokenizer import trained  # noqa: E402
+from tests.hub import C4, LLAMA, T5, StandIn, c4, digests, layout, quick, shard  # noqa: E402
+from tests.hub import TEXTS as C4_TEXTS  # noqa: E402
 
 
 @pytest.fixture(scope="module")
@@ -84,3 +88,37 @@ def command(corpus):
         return [f"{k}={v}" for k, v in given.items()]
 
     return arguments
+
+
+@pytest.fixture(scope="session")
+def c4_model(tmp_path_factory):
+    """A SentencePiece file of 300 pieces for the small C4 of tests/hub.py."""
+    folder = tmp_path_factory.mktemp("model")
+    (folder / "t.jsonl").write_bytes(shard(C4_TEXTS["train"][0]))
+    return trained(Source([str(folder / "t.jsonl")]), 300, folder)
+
+
+@pytest.fixture(scope="module")
+def c4_oracle(c4_model, small_groups, tmp_path_factory):
+    """packing -> digests of 60 batches of the same files in a folder."""
+    folder = tmp_path_factory.mktemp("oracle")
+    for name, content in layout().items():
+        (folder / name).write_bytes(content)
+    settings = dict(path=str(folder), tokenizer=str(c4_model))
+    return {packing: digests(c4(folder, packing=packing, **settings)) for packing in ("dense", "paper")}
+
+
+@pytest.fixture
+def stand_in(c4_model, monkeypatch, tmp_path):
+    """The hub, with a small C4 and both tokenizers."""
+    found = StandIn()
+    found.add(C4, {f"en/{name}": content for name, content in layout().items()})
+    found.add(C4, {"en/c4.py": b"raise SystemExit", "en.noblocklist/c4-train.x.json": b"x"})
+    found.add(T5, {"spiece.model": c4_model.read_bytes(), "config.json": b"{}"})
+    found.add(LLAMA, {"tokenizer.model": c4_model.read_bytes()})
+    monkeypatch.setenv("HF_ENDPOINT", found.address)
+    monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path / "hf"))
+    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+    quick(monkeypatch)
+    yield found
+    found.close()

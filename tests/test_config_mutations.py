@@ -23,7 +23,7 @@ PROJECTED = [k for k in KNOWN if k not in leaves(Config())]
 INTS = ["steps", "tokens_per_step", "micro_batch", "seq_len", "seed", "eval_every", "save_every", "keep_last"]
 PROJECTED_INTS = ["optim.rank", "optim.refresh_every"]
 FLOATS = [f"optim.{k}" for k in "lr scale beta1 beta2 eps decay clip warmup min_lr_ratio".split()]
-FLOATS += ["activations.checkpoint", "save_minutes"]
+FLOATS += ["activations.checkpoint", "save_minutes", "data.cache_gib"]
 NOT_NULL = [k for k in INTS if k != "steps"] + [k for k in FLOATS if k != "optim.lr"]
 NOT_NULL += [f"optim.{k}" for k in "moments clip_mode refresh finder side share transport".split()]
 OPTIONS = {group: group_options(group) for group in GROUPS}
@@ -63,6 +63,8 @@ OUTSIDE = {
     "optim.transport": ["rotate+fill", "none", "ldadam"],
     "optim.basis_dtype": ["int8", "float32", "int4"],
     "activations.checkpoint": ["-0.5", "1.01", "nan", "inf", "8"],
+    "data.cache_gib": ["0", "-20", "nan", "inf", "2000000"],
+    "data.path": ["ftp://mirror/c4", "https://", "s3://bucket/c4"],
     "optim.schedule": ["cosin", "step", "warmup"],
     "weights": ["int8", "fp16", "float32"],
     "dist": ["fsdp", "ddp", "replicat"],

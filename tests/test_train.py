@@ -139,6 +139,34 @@ def test_one_rank_then_two_then_one(whole, command, tmp_path):
     assert [r["step"] for r in rows(tmp_path / "r") if "loss" in r] == [1, 2, 3, 4, 5, 6]
 
 
+@kills("train.py", "files = comm.first(lambda: data.listing(cfg.data, before))", "files = None")
+@kills("train.py", "data.listing(cfg.data, before)", "data.listing(cfg.data)")
+def test_two_ranks_ask_the_hub_once_and_go_on_without_it(stand_in, c4_model, command, tmp_path):
+    args = [
+        a
+        for a in command(
+            tmp_path,
+            "data=c4",
+            f"data.tokenizer={c4_model}",
+            "data.packing=paper",
+            "steps=4",
+            "eval_every=100",
+        )
+        if not a.startswith(("data.train", "data.validation", "data.cache"))
+    ]
+    args.append(f"data.cache={tmp_path}/cache")
+    two = torchrun(2, args)
+    assert two.returncode == 0, two.stderr
+    asked = [path.partition("?")[0].rpartition("/")[2] for path, _ in stand_in.requests]
+    assert asked.count("main") == 1 and asked.count("en") == 3  # pages of one list
+    assert set(stand_in.downloads().values()) == {1}
+    stand_in.down, stand_in.revision = True, "ab" * 20
+    before = len(stand_in.requests)
+    assert train.main([a for a in args if not a.startswith("steps=")] + ["steps=6"]) == 0
+    assert checkpoint.latest(tmp_path / "r").name == "step_00000006"
+    assert len(stand_in.requests) == before  # its own list and its shards are kept
+
+
 def test_two_ranks_equal_one(whole, command, tmp_path):
     """Evaluation to 1e-6, losses and gradient norms to fp32 rounding; rank 0 alone writes."""
     two = torchrun(2, command(tmp_path))
