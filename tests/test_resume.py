@@ -79,7 +79,12 @@ def test_the_readme_names_what_may_change() -> None:
     for group in re.findall(r"`([a-z][^`]+)`", row.split("|")[1]):
         prefix = group.split()[0].rpartition(".")[0]
         named |= {k if "." in k or not prefix else f"{prefix}.{k}" for k in group.split()}
-    several = {"optim.beta": ("1", "2"), "optim.clip": ("", "_mode"), "optim.refresh": ("", "_every")}
+    several = {
+        "data.cache": ("", "_gib"),
+        "optim.beta": ("1", "2"),
+        "optim.clip": ("", "_mode"),
+        "optim.refresh": ("", "_every"),
+    }
     accepted = {f"{k}{end}" for k in MAY_CHANGE for end in several.get(k, ("",))} - {"run."}
     assert named == accepted | {"run.dir"}
 
