@@ -460,7 +460,7 @@ def main(argv: list[str]) -> int:
 
 def attempt(argv: list[str]) -> int:
     """The exit code of one rank."""
-    logging.basicConfig(format="%(message)s", level=logging.WARNING, force=True)
+    logging.basicConfig(format="%(message)s", level=logging.WARNING, force=True, handlers=[metrics.Console()])
     log.setLevel(logging.INFO)  # ours; other packages' only from warnings on
     comm = None
     try:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import logging
 import math
 import os
 import sys
@@ -57,7 +58,7 @@ class Metrics:
         self.journal = Journal(self.path)
         self.pending: list[tuple[dict[str, Any], dict[str, Tensor | float]]] = []
         self.note = ""
-        self.line = Line(sys.stderr)
+        self.line = Console.line = Line(sys.stderr)
         self.begun = time.perf_counter()
         self.resume_clock()
 
@@ -158,9 +159,21 @@ class Metrics:
     def close(self) -> None:
         self.flush()
         self.line.end()
+        Console.line = None
         self.journal.close()
         for sink in self.sinks:
             sink.finish()
+
+
+class Console(logging.StreamHandler):  # type: ignore[type-arg]
+    """Log lines on stderr that do not run into the live line."""
+
+    line: Line | None = None
+
+    def emit(self, record: logging.LogRecord) -> None:
+        if Console.line:
+            Console.line.clear()
+        super().emit(record)
 
 
 class Line:

@@ -55,10 +55,8 @@ class Saver:
         if size + SPARE > available():
             self._sync_only = True
             log.warning(
-                "saves hold training while they are written: a copy in host memory needs %.1f GiB, "
-                "%.1f are available",
-                size / GIB,
-                available() / GIB,
+                "saves hold training while they are written: a copy in memory needs %s, %s is available",
+                *map(size_of, (size, available())),
             )
             return
         self._buffer = torch.empty(size, dtype=torch.uint8)
@@ -80,7 +78,7 @@ class Saver:
         need, there = checkpoint.size_of(tensors), checkpoint.free(self.run)
         self._step, self._error = step, None
         if need > there:
-            self._error = OSError(f"it needs {need / GIB:.2f} GiB, the disk has {there / GIB:.2f} free")
+            self._error = OSError(f"it needs {size_of(need)}, the disk has {size_of(there)} free")
         else:
             self.reserve(tensors)
             kept = tensors if self._buffer is None else self._copy(tensors)
@@ -137,6 +135,11 @@ class Saver:
 
 def padded(t: Tensor) -> int:
     return -(-t.numel() * t.itemsize // ALIGN) * ALIGN
+
+
+def size_of(count: float) -> str:
+    """Of bytes: 17.2 GiB, 0.5 MiB."""
+    return f"{count / GIB:.1f} GiB" if count >= GIB else f"{count / 2**20:.1f} MiB"
 
 
 def reason(error: BaseException) -> str:

@@ -40,6 +40,6 @@ class Trace:
         (self.folder / "profile.txt").write_text(table + "\n", encoding="utf-8")
         self._profile = None
         log.info(
-            "profile   steps %d to %d: %s (open it in ui.perfetto.dev), longest operators in profile.txt",
-            *(self.first, self.last, self.folder / "trace.json.gz"),
+            "profile   steps %d to %d in %s: trace.json.gz (for ui.perfetto.dev), profile.txt",
+            *(self.first, self.last, self.folder),
         )
