@@ -64,8 +64,10 @@ def restore(e: Engine, saved: dict[str, Any]) -> None:
     for u in e.units:
         _moments(u, state[u.name])
         for key, tensor in u.state.items():
-            if key not in _stored(u):
-                tensor.copy_(state[u.name][key]) if key in state[u.name] else tensor.zero_()
+            if key in state[u.name].keys() - _stored(u):
+                tensor.copy_(state[u.name][key])
+            elif key == "grown":  # no limit before
+                tensor.zero_()
         e.scalars.t[u.index] = state[u.name]["t"]
     for b in e.bases:
         b.load_(*(state[b.name][k] for k in ("qs", "count", "fresh")))

@@ -224,7 +224,8 @@ def test_what_cannot_fit_is_not_begun(tmp_path, monkeypatch, caplog):
     monkeypatch.setattr(checkpoint, "write", lambda *a, **k: pytest.fail("written"))
     s = Saver(tmp_path, keep_last=1)
     s.save(1, *contents(1))
-    assert "step 1 is not saved: it needs 0.0 MiB, the disk has 0.0 MiB free" in caplog.text and "there is no save yet" in caplog.text
+    assert "step 1 is not saved: it needs 0.0 MiB, the disk has 0.0 MiB free" in caplog.text
+    assert "there is no save yet" in caplog.text
 
 
 def test_without_host_memory_the_step_waits_for_the_disk(tmp_path, monkeypatch, caplog):
