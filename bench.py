@@ -3,6 +3,7 @@
     python bench.py [data=FOLDER] [out=bench.jsonl] [cases=llama_60m,llama_1b] [pairs=5] [loader=GLOB]
                     [optim=galore_8bit,...] [tokens=N] [commit=ID]
     python bench.py profile=yes [optim=galore_8bit] [cases=llama_1b] [data=FOLDER]    where the time goes
+    python bench.py saves=yes optim=galore_8bit cases=llama_7b [data=FOLDER]    how long a save holds training
     python bench.py limit=23.4 KEY=VALUE ...    train.py in a process that cannot pass so many GiB
 
 With optim=METHOD,... those stand beside our own adamw (moments bf16), all in one process, instead of adamw
@@ -19,6 +20,7 @@ ratio.
 
 from __future__ import annotations
 
+import gc
 import json
 import subprocess
 import sys
@@ -36,7 +38,7 @@ import torch
 import data
 from configs.cli import parse
 from data.prepare import prepare
-from llama import pretrained
+from llama import checkpoint, pretrained
 from llama.config import ModelConfig
 from optim import Comm
 from train import Run
@@ -277,6 +279,57 @@ def profile(model: str, folder: str, method: str) -> None:
     side.close()
 
 
+def saves(model: str, folder: str, method: str) -> dict[str, Any]:
+    """Of one model: the stall of the first save and of later ones, and a resume from the newest."""
+    cuda = torch.cuda.is_available()
+    tokens, micro = CASES.get(model, (4_096, 16))
+    begun = time.perf_counter()
+    side = Ours(model, tokens, micro, folder, "int8" if method.endswith("8bit") else "fp32", 1000,
+                (f"optim={method}",))  # fmt: skip
+    built, run = time.perf_counter() - begun, side.run
+    assert run.saver is not None
+    row: dict[str, Any] = {"what": f"saves, {model} {method}", "build_s": round(built, 2)}
+    side.steps(3)
+    stalls = []
+    for _ in range(3):
+        side.steps(2)
+        wait_for(cuda)
+        start = time.perf_counter()
+        run.save(side.done)
+        stalls.append(time.perf_counter() - start)
+        side.steps(2)
+        run.saver.poll(wait=True)
+    assert run.saver.newest == side.done - 2
+    row |= {"first_stall_s": round(stalls[0], 3), "stall_s": round(max(stalls[1:]), 3)}
+    row["bytes"] = checkpoint.size_of(run.tensors())
+    row["train_peak_gib"] = peak_gib(cuda)
+    cfg, place = run.cfg, Path(side.scratch.name)
+    side.close()
+    del run, side.run
+    gc.collect()
+    if cuda:
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+    start = time.perf_counter()
+    source = checkpoint.latest(place)
+    hashed = time.perf_counter() - start
+    again = Run(cfg, Comm.from_env(), place, source)
+    wait_for(cuda)
+    row |= {"hash_s": round(hashed, 2), "resume_s": round(time.perf_counter() - start, 2)}
+    row["resume_peak_gib"] = peak_gib(cuda)
+    again.close()
+    return row
+
+
+def wait_for(cuda: bool) -> None:
+    if cuda:
+        torch.cuda.synchronize()
+
+
+def peak_gib(cuda: bool) -> float:
+    return round(torch.cuda.max_memory_allocated() / 2**30, 2) if cuda else 0.0
+
+
 def loader_rate(
     cfg: data.DataConfig, what: str, seconds: float = 10.0, vocab: int = 32_000
 ) -> dict[str, Any]:
@@ -328,12 +381,15 @@ def main(argv: list[str]) -> int:
         if "profile" in args:
             profile(model, args["data"], args.get("optim", "adamw"))
             continue
+        if "saves" in args:
+            jobs.append(lambda m=model: saves(m, args["data"], args.get("optim", "galore_8bit")))
+            continue
         if "optim" in args:
             jobs.append(lambda m=model: compare_methods(m, args["data"], args["optim"], pairs, tokens))
             continue
         for moments in ("fp32", "bf16"):
             jobs.append(lambda m=model, s=moments: compare(m, args["data"], s, pairs))
-    if "optim" not in args:
+    if "optim" not in args and "saves" not in args:
         jobs.append(lambda: loader_rate(data.DataConfig(name="tokens", train=args["data"]), "data=tokens"))
     if "loader" in args:
         *train, last = sorted(glob(args["loader"]))
@@ -354,6 +410,9 @@ def main(argv: list[str]) -> int:
     for row in rows:
         peer = f"  peer {row['peer_tokens_per_s']:>10,}  ratio {row['ratio']:.3f}" if "peer" in row else ""
         memory = f"  {row['peak_gib']:.1f} / {row['peer_peak_gib']:.1f} GiB" if "peer" in row else ""
+        if "tokens_per_s" not in row:
+            print(json.dumps({k: v for k, v in row.items() if k != "versions"}))
+            continue
         print(f"{row['what']:<55}{row['tokens_per_s']:>12,} tok/s{peer}{memory}")
     return 0
 

@@ -18,13 +18,13 @@ from .unit import Unit
 
 
 def limit_(u: Unit, n: Tensor, h: Tensor, reduce: Reduce) -> Tensor:
-    """N = -lr D, scaled in place; u.state["grown"] becomes the new p. Nothing changes where h says not OK."""
+    """N = -lr D, scaled in place; u.state["grown"] becomes the new p."""
     grown = u.state["grown"]
     square = torch.linalg.vector_norm(n, dtype=grown.dtype).square()
     lr = h[kernels.Column.LR]
     size = reduce.sum_rows([u], square.view(1, 1))[0, 0].sqrt() / lr
     most = u.limit * grown
     factor = torch.where((grown > 0) & (size > most), most / size, 1.0)
-    moved = (h[kernels.Column.OK] > 0) & (lr > 0) & (size > 0)
+    moved = (lr > 0) & (size > 0)  # a skipped update is zero
     grown.copy_(torch.where(moved, size * factor, grown))
     return n.mul_(torch.where(moved, factor, 1.0))

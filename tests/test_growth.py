@@ -53,9 +53,10 @@ def test_an_update_is_at_most_limit_times_the_last(method, side):
     assert limited > 10
 
 
-@kills("optim/growth.py", "(h[kernels.Column.OK] > 0) & (lr > 0)", "(lr > 0)")
-def test_a_skipped_update_is_not_remembered():
-    _, opt, _ = run("galore", steps=3, growth_limit=LIMIT)
+@kills("optim/growth.py", "moved = (lr > 0) & (size > 0)", "moved = lr > 0")
+@pytest.mark.parametrize("method", ["galore", "galore_8bit", "galore_sgd"])
+def test_a_skipped_update_is_not_remembered(method):
+    _, opt, _ = run(method, steps=3, growth_limit=LIMIT)
     kept = {u.name: u.state["grown"].clone() for u in opt.units if u.projected}
     (summed_loss(opt.root, batches(1)[0]) * float("nan")).backward()
     opt.step()
@@ -103,12 +104,6 @@ def conversions(method, before, after, **settings):
 
 
 @kills("optim/state.py", "moments.save_(u.state, k, x, yes, yes, yes * u.index)", "pass")
-@kills("optim/state.py", 'd = values["v"].mean(0).sqrt() if', 'd = 1e4 * values["v"].mean(0) if')
-@kills(
-    "optim/state.py",
-    "there = {k: t.to(local",
-    "there = {k: t * 2 for k, t in there.items()} if 0 else {k: t.to(local",
-)
 @pytest.mark.parametrize("method", ["adamw", "galore", "gradnormlorp", "gradnormlorp_adapter"])
 @pytest.mark.parametrize("after", ["int8", "bf16"])
 def test_moments_are_converted_by_value(method, after):
@@ -122,6 +117,8 @@ def test_moments_are_converted_by_value(method, after):
         assert torch.equal(old, new)
 
 
+@kills("optim/state.py", 'd = values["v"].mean(0).sqrt() if', 'd = values["v"].mean(0) if')
+@kills("optim/state.py", "d.clamp(min=FLOOR * d.max()), 1.0", "d, 1.0")
 def test_the_column_scale_comes_from_the_second_moment():
     for kind, old, _, u in conversions("galore", "fp32", "int8"):
         if kind == "v" and "d" in u.state and old.max() > 0:

@@ -7,7 +7,7 @@ from tests.mutants import kills
 @kills(
     "llama/metrics.py", '[row for row in read(path) if row["step"] <= start] if start', "read(path) if start"
 )
-@kills("train.py", '            "stream": self.stream,\n', '            "stream": "",\n')
+@kills("train.py", 'self.stream: str = saved.get("stream", "")', 'self.stream: str = ""')
 @kills(
     "llama/checkpoint.py", "tmp = final.with_name(final.name + ", "tmp = final.with_name(final.name[:-1] + "
 )
