@@ -175,7 +175,7 @@ class Run:
             self.evaluate(0)
         while step < self.steps:
             batch = self.loader.wait(lambda: stop.asked)  # an outage of the hub may last
-            flags = (stop.asked, self.failed, self.back, self.save_is_due(step))
+            flags = (stop.asked, self.failed, self.back, self.save_is_due())
             counts = (batch.valid, batch.digest) if batch else (0, 0)
             valid, digest, asked, failed, back, due = self.comm.sums(*counts, *flags)
             if failed:
@@ -307,9 +307,9 @@ class Run:
                     f" {self.held_out.unigram_ppl:.2f}\nin {self.folder}: loss.png samples.txt metrics.jsonl"
                 )
 
-    def save_is_due(self, step: int) -> bool:
+    def save_is_due(self) -> bool:
         """Rank 0's clock, not the system's, which may be set back."""
-        if not self.saver or not self.cfg.save_minutes or self.saver.touched == step:
+        if not self.saver or not self.cfg.save_minutes:
             return False
         return time.monotonic() - self.saver.saved_at >= 60 * self.cfg.save_minutes
 

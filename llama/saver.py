@@ -74,7 +74,6 @@ class Saver:
             )
             return
         begun = self.saved_at = time.monotonic()
-        self.touched = step
         need, there = checkpoint.size_of(tensors), checkpoint.free(self.run)
         self._step, self._error = step, None
         if need > there:
