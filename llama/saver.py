@@ -36,10 +36,7 @@ class Saver:
 
     def __init__(self, run: Path, keep_last: int, newest: int = 0) -> None:
         self.run, self.keep_last, self.newest, self.stall_s = run, keep_last, newest, 0.0
-        self.saved_at, self.touched = (
-            time.monotonic(),
-            newest,
-        )  # when and of which step the last was asked for
+        self.saved_at = time.monotonic()  # when the last one was asked for
         self._thread: threading.Thread | None = None
         self._error: BaseException | None = None
         self._step = newest  # being written
