@@ -1,12 +1,15 @@
 """Kills a run again and again at random instants, and compares what it becomes with one left alone.
 
-    python tests/kills.py [kills=100] [method=adamw] ... [seed=0]
+    python tests/kills.py [kills=100] [method=adamw,galore_8bit] [seed=0] [KEY=VALUE ...]
 
 Each method's run goes on until the kills are used up and it ends: every process trains until a SIGKILL at a
 random instant after its first step, a third of them while a save is being written (the write is held open
 between the last byte and the rename). Then the metrics from each resume on, the weights, the optimizer's
 state and the hash of all tokens must equal those of a run that was left alone. Prints a table; exit code 1
-if anything differs.
+if anything differs. KEY=VALUE are settings of train.py, for another model, data or device:
+
+    python tests/kills.py kills=10 method=galore_8bit model=llama_60m deterministic=true compile=off \\
+        data=tokens data.train=FOLDER tokens_per_step=8192 micro_batch=16 seq_len=256
 
 Every process is a fork of this one, so that a kill costs half a second and not the import of torch.
 """
@@ -44,7 +47,7 @@ class Outcome:
     same: bool
 
 
-def arguments(folder: Path, corpus: Path, method: str) -> list[str]:
+def arguments(folder: Path, corpus: Path, method: str, extra: dict[str, str]) -> list[str]:
     """Two micro-batches a step; the 8-bit methods replace a basis every few steps."""
     shape = dict(
         hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2, vocab_size=384
@@ -70,6 +73,10 @@ def arguments(folder: Path, corpus: Path, method: str) -> list[str]:
     }
     if method != "adamw":
         given |= {"optim.rank": 8, "optim.refresh_every": 7}
+    for group in ("model", "data"):  # another one brings its own settings
+        if group in extra:
+            given = {k: v for k, v in given.items() if not k.startswith(f"{group}.")}
+    given |= extra
     return [f"{k}={v}" for k, v in given.items()]
 
 
@@ -126,9 +133,11 @@ def digest(run: Path) -> str:
     return h.hexdigest()
 
 
-def attack(method: str, kills: int, rng: random.Random, corpus: Path, folder: Path) -> Outcome:
+def attack(
+    method: str, kills: int, rng: random.Random, corpus: Path, folder: Path, extra: dict[str, str]
+) -> Outcome:
     flag = folder / "saving"
-    alone, killed = (arguments(folder / name, corpus, method) for name in ("alone", "killed"))
+    alone, killed = (arguments(folder / name, corpus, method, extra) for name in ("alone", "killed"))
     begun = time.monotonic()
     assert os.waitpid(child(alone, 0, flag), 0)[1] == 0
     whole = time.monotonic() - begun
@@ -188,7 +197,7 @@ def corpus_in(folder: Path) -> Path:
     return folder
 
 
-def attacks(methods: list[str], kills: int, seed: int) -> list[Outcome]:
+def attacks(methods: list[str], kills: int, seed: int, extra: dict[str, str] | None = None) -> list[Outcome]:
     import torch
 
     import train  # noqa: F401 - once, before the forks
@@ -203,7 +212,7 @@ def attacks(methods: list[str], kills: int, seed: int) -> list[Outcome]:
             folder = Path(place, method)
             folder.mkdir()
             share = kills // len(methods) + (n < kills % len(methods))
-            out.append(attack(method, share, rng, corpus, folder))
+            out.append(attack(method, share, rng, corpus, folder, extra or {}))
             o = out[-1]
             print(
                 f"{o.method:<20} {o.kills} kills, {o.in_saves} in a save, {o.resumes} resumes, same: {o.same}"
@@ -213,8 +222,8 @@ def attacks(methods: list[str], kills: int, seed: int) -> list[Outcome]:
 
 def main(argv: list[str]) -> int:
     given = dict(a.split("=", 1) for a in argv)
-    methods = given.get("method", ",".join(METHODS)).split(",")
-    found = attacks(methods, int(given.get("kills", 100)), int(given.get("seed", 0)))
+    methods = given.pop("method", ",".join(METHODS)).split(",")
+    found = attacks(methods, int(given.pop("kills", 100)), int(given.pop("seed", 0)), given)
     kills, inside = sum(o.kills for o in found), sum(o.in_saves for o in found)
     print(f"{kills} kills, {inside} of them inside a save; same: {all(o.same for o in found)}")
     return 0 if all(o.same for o in found) else 1
