@@ -67,7 +67,8 @@ class Rewind:
         """Rows of training steps, in order. Once found, it stays found."""
         for row in rows:
             loss = row["loss"]
-            if not self.found and not self._is_high(loss):
+            stuck = row.get("skipped_in_a_row", 0) >= IN_A_ROW  # a finite loss with gradients that are not
+            if not self.found and not stuck and not self._is_high(loss):
                 self.losses.append(loss)
                 self.high = 0
                 continue

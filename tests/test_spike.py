@@ -80,7 +80,7 @@ def test_the_planted_spike_does_harm(ended):
 
 
 @kills("train.py", "loss = loss * factor", "pass")
-@kills("train.py", "if self.skip and n == len(xs):", "if self.skip and n == 1:")
+@kills("train.py", "if self.skip and n == len(xs):", "if False:")
 @kills("llama/spike.py", "torch.where(fine, 1.0, math.nan)", "torch.where(fine, 1.0, 1.0)")
 @kills("llama/spike.py", "high = ~loss.isfinite() | full & (loss > limit)", "high = ~loss.isfinite()")
 @kills("llama/spike.py", "return torch.where(fine, 1.0", "return torch.where(~fine, 1.0")
@@ -201,3 +201,10 @@ def test_three_in_a_row_after_enough_history():
     assert not host.found
     host.note(high[-1:])
     assert host.found and host.first == 40
+
+
+@kills("llama/spike.py", "and not stuck and", "and")
+def test_gradients_that_stay_infinite_are_found_too():
+    host = Rewind({})
+    host.note([{"step": n, "loss": 3.0, "skipped_in_a_row": max(0, n - 10)} for n in range(1, 16)])
+    assert host.found and host.first == 13
