@@ -41,7 +41,7 @@ class Saver:
         self._error: BaseException | None = None
         self._step = newest  # being written
         self._buffer: Tensor | None = None
-        self._sync_only = False
+        self._sync_only = self._pinned = False
 
     def reserve(self, tensors: Tensors) -> None:
         """Host memory for the copy, page-locked where a GPU copies into it; none where it would not fit."""
@@ -58,7 +58,7 @@ class Saver:
             return
         self._buffer = torch.empty(size, dtype=torch.uint8)
         if some.is_cuda:  # in place: the allocator for pinned memory rounds up to a power of two
-            torch.cuda.cudart().cudaHostRegister(self._buffer.data_ptr(), size, 0)
+            self._pinned = int(torch.cuda.cudart().cudaHostRegister(self._buffer.data_ptr(), size, 0)) == 0
 
     def save(self, step: int, tensors: Tensors, texts: Mapping[str, str], *, last: bool = False) -> None:
         """Starts a save of `step`, or leaves it out if one is under way. last: returns when it is on disk.
@@ -125,8 +125,11 @@ class Saver:
             shutil.rmtree(tmp.with_name(tmp.name + ".tmp"), ignore_errors=True)
 
     def close(self) -> None:
-        """Waits for the save under way."""
+        """Waits for the save under way, and gives the host memory back."""
         self.poll(wait=True)
+        if self._pinned and self._buffer is not None:
+            torch.cuda.cudart().cudaHostUnregister(self._buffer.data_ptr())
+        self._buffer, self._pinned = None, False
 
 
 def padded(t: Tensor) -> int:
