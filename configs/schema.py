@@ -60,6 +60,7 @@ RANGES = {
     "save_minutes": (0, 10**6, "minutes, 0 for steps alone"),
     "keep_last": (1, 10**6, "checkpoints kept"),
 }
+SPIKE_LAG = 20  # steps from a spike's first loss to going back, at most
 LR_RANGE_STEPS = 200  # of a test of learning rates
 # Published pre-training lengths: up to this many parameters -> steps of 131,072 positions.
 STEPS = ((100e6, 10_000), (250e6, 20_000), (600e6, 60_000), (2e9, 100_000), (float("inf"), 150_000))
@@ -151,6 +152,12 @@ class Config:
             found.append(
                 f"activations.checkpoint={share}: less than one block with model.num_hidden_layers={layers}; "
                 f"give {math.ceil(1000 / layers) / 1000} or more, or 0"
+            )
+        kept = (self.keep_last - 1) * self.save_every
+        if self.spike == "rewind" and kept < SPIKE_LAG:
+            found.append(
+                f"keep_last={self.keep_last}: with spike=rewind and save_every={self.save_every} all saves may "
+                f"be younger than a spike when it is found; give {-(-SPIKE_LAG // self.save_every) + 1} or more"
             )
         try:
             self.accumulation(1)

@@ -29,6 +29,7 @@ from optim.config import (
     either,
     inside,
 )
+from tests.mutants import kills
 
 ROOT = Path(__file__).parents[1]
 
@@ -599,3 +600,16 @@ def test_the_makefile_reads_the_quickstart_run() -> None:
     for name in ("adamw", "galore_8bit"):
         cfg = parse(["experiment=quickstart", f"optim={name}"])
         assert f"RUN := {cfg.run.dir}/{cfg.run.name}\n".replace(name, "$(OPTIM)") in make
+
+
+@kills(
+    "configs/schema.py",
+    "kept = (self.keep_last - 1) * self.save_every",
+    "kept = self.keep_last * self.save_every",
+)
+def test_rewind_keeps_a_save_from_before() -> None:
+    parse(["spike=rewind", "keep_last=3", "save_every=10"])
+    with pytest.raises(
+        ConfigError, match="keep_last=2: with spike=rewind and save_every=10 .* give 3 or more"
+    ):
+        parse(["spike=rewind", "keep_last=2", "save_every=10"])
