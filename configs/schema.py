@@ -157,8 +157,8 @@ class Config:
         if self.spike == "rewind" and kept < SPIKE_LAG:
             enough = -(-SPIKE_LAG // self.save_every) + 1
             found.append(
-                f"keep_last={self.keep_last}: with spike=rewind and save_every={self.save_every} any save may "
-                f"be younger than a spike once it is found; give {enough} or more"
+                f"keep_last={self.keep_last}: with spike=rewind and save_every={self.save_every} any save "
+                f"may be younger than a spike once it is found; give {enough} or more"
             )
         try:
             self.accumulation(1)
