@@ -112,6 +112,22 @@ class Dataset:
             stream = _TextStream(self._train, self._pool(), self.cfg.packing, self.seq_len, state, damage)
         return Loader(stream, rows, rank, world, pin, self._identity)
 
+    def check_position(self, state: dict[str, Any] | None) -> None:
+        """DataError where `state` cannot be a position of such data; that it is this data's `loader` sees."""
+        if not state:
+            return
+        found = {key: value for key, value in state.items() if key != "of"}
+        if self._shards is not None:
+            needed, may, limits = {"epoch", "row"}, set(), {"row": self._shards[0].rows}
+        else:
+            needed, may = {*Cursor.__dataclass_fields__, "document"}, {"token", "group", "row"}
+            limits = {"file": len(self._train.files) + 1, "row": group_rows(self.seq_len) + 1}
+        odd = [key for key in needed | {*found} if key not in found or key not in needed | may]
+        odd += [f"{k}={v!r}" for k, v in found.items() if type(v) is not int]
+        odd += [f"{k}={v}" for k, v in found.items() if type(v) is int and not 0 <= v < limits.get(k, 2**62)]
+        if odd or not isinstance(state.get("of"), dict):
+            raise DataError(f"state.json: no position in this data ({', '.join(sorted(odd))[:200] or 'of'})")
+
     def validation(self, max_tokens: int = 10_000_000) -> EvalSet:
         """The first max_tokens targets of the validation text, in file order and in the run's own packing.
 
