@@ -352,13 +352,15 @@ class Run:
     def restore(self, source: Path) -> dict[str, Any]:
         """FolderError where the save is not one of this model, method and data; the weights may be its by
         then."""
-        saved = checkpoint.read_state(source)
+        saved, file = checkpoint.read_state(source), checkpoint.STATE
         try:
             self.dataset.check_position(saved["data"])
+            file = "model.safetensors"
             pretrained.load_weights(self.model, source)
+            file = "optim.safetensors"
             self.opt.load_state_dict({"state": checkpoint.load_optim(source)})
         except ValueError as e:
-            raise pretrained.FolderError(f"{source}: {e}") from None
+            raise pretrained.FolderError(f"{source}: {file}: {e}") from None
         return saved
 
     def restore_newest(self, source: Path | None) -> dict[str, Any]:

@@ -116,7 +116,7 @@ def find_tokenizer(cfg: DataConfig, train: Source, vocab_size: int) -> Tokenizer
         path = fetched(name, cache_dir(cfg))
     else:
         path = Path(name).expanduser()
-    if not path.is_file():
+    if not os.path.isfile(path):
         raise DataError(
             f"data.tokenizer={name}: no such file; name a SentencePiece model file, t5, llama or train"
         )
@@ -137,7 +137,7 @@ def fetched(name: str, cache: Path) -> Path:
     """The model file of `t5` or `llama`: from our cache, Hugging Face's, or the hub."""
     repo, file = HUB_FILES[name]
     path = cache / "tokenizers" / f"{name}.model"
-    if path.is_file():
+    if os.path.isfile(path):
         return path
     from huggingface_hub import try_to_load_from_cache
 
@@ -166,7 +166,7 @@ def trained(train: Source, vocab_size: int, cache: Path) -> Path:
         if size >= TRAIN_BYTES:
             break
     path = cache / "tokenizers" / f"{digest.hexdigest()[:32]}.model"
-    if path.is_file():
+    if os.path.isfile(path):
         return path
     log.info(
         "training a tokenizer of %d pieces on %.1f MB (about %.0f s)", vocab_size, size / 1e6, 1 + size * 7e-8
@@ -195,7 +195,7 @@ def train_model(sentences: Iterator[str], vocab_size: int, size: int) -> bytes:
 def _kept(path: Path, model: bytes) -> Path:
     try:
         write_atomic(path, model)
-    except OSError as error:
+    except (OSError, ValueError) as error:
         raise DataError(
             f"data.cache={path.parent.parent}: a tokenizer cannot be kept there ({one_line(error)}); "
             "name another folder"

@@ -190,8 +190,15 @@ def misfit(save: Path) -> str:
     """Why a save's weights are not those that its config.json describes, by their headers; empty if they
     are."""
     try:
-        cfg, raw = load_config(save), read_json(save)
-        seq_len(save)
+        cfg, raw, told = load_config(save), read_json(save), read_json(save, "state.json")["config"]
+        trained = {**told["model"], "seq_len": told["seq_len"]}
+        for key, value in {
+            **vars(cfg),
+            "num_key_value_heads": cfg.kv_heads,
+            "seq_len": seq_len(save),
+        }.items():
+            if key != "init_from" and trained.get(key) not in (value, None):
+                return f"config.json says {key}={value!r}, state.json {trained[key]!r}"
         wanted = {n: tuple(p.shape) for n, p in empty_model(cfg, "meta", torch.float32).named_parameters()}
         stored = stored_tensors([save / "model.safetensors"])
         problems = unlike(wanted, stored)
@@ -199,6 +206,8 @@ def misfit(save: Path) -> str:
         problems += [f"{n} is {s[2]}, config.json says {kind}" for n, s in stored.items() if s[2] != kind]
     except FolderError as error:
         return str(error)
+    except (KeyError, TypeError, AttributeError):
+        return "state.json holds no shapes in its settings"
     return f"model.safetensors does not fit config.json: {'; '.join(problems[:3])}" if problems else ""
 
 
