@@ -27,6 +27,7 @@ from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
+from unittest import mock
 
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
@@ -90,6 +91,13 @@ def where(error: BaseException) -> str:
     while at and at.tb_next:
         at = at.tb_next
     return f"{at.tb_frame.f_code.co_filename}:{at.tb_lineno}" if at else "?"
+
+
+@contextlib.contextmanager
+def quick() -> Iterator[None]:
+    """Without what takes most of a short run's time and is not tried here: the samples and the plot."""
+    with mock.patch("train.write_samples"), mock.patch("llama.metrics.draw"):
+        yield
 
 
 def contents(folder: Path) -> dict[str, bytes]:

@@ -233,8 +233,8 @@ def run_tricks(place: Place, rng: random.Random) -> Case:
 CHANGES = (
     "tokens_per_step=128 tokens_per_step=32 seq_len=32 seed=1 seed=77 data.packing=paper "
     "model.hidden_size=64 model.intermediate_size=48 model.num_hidden_layers=3 model.rope_theta=500.0 "
-    "model.rms_norm_eps=0.001 model.tie_word_embeddings=True weights=bf16 model.num_attention_heads=4 model.vocab_size=400 "
-    "model.num_key_value_heads=1"
+    "model.rms_norm_eps=0.001 model.tie_word_embeddings=True weights=bf16 "
+    "model.num_attention_heads=4 model.vocab_size=400 model.num_key_value_heads=1"
 ).split()
 
 
