@@ -481,7 +481,7 @@ def named(cfg: Config) -> Iterator[None]:
 def out_of_memory(error: Exception, cfg: Config, comm: Comm | None) -> None:
     """Says what would need less, and leaves the allocator's snapshot in the run folder."""
     world = comm.world if comm else 1
-    print(f"out of memory: {str(error).splitlines()[0]}\n{cfg.smaller(world)}", file=sys.stderr)
+    print(f"out of memory: {(str(error).splitlines() or [''])[0]}\n{cfg.smaller(world)}", file=sys.stderr)
     if comm and comm.device.type == "cuda":
         path = Path(cfg.run.dir) / str(cfg.run.name) / f"out_of_memory_{comm.rank}.pickle"
         with allowed_to_fail(path):
@@ -530,7 +530,9 @@ def attempt(argv: list[str]) -> int:
         if comm is None or comm.rank == 0 or not isinstance(e, Stopped):  # all ranks stop alike: one says so
             print(f"stopped: {e}", file=sys.stderr)
         return 3
-    except torch.OutOfMemoryError as e:
+    except (RuntimeError, MemoryError) as e:  # torch says of a card and of the host by two types
+        if not isinstance(e, torch.OutOfMemoryError | MemoryError) and "can't allocate memory" not in str(e):
+            raise
         out_of_memory(e, cfg, comm)
         return 4
     except OSError as e:  # the disk, while a run is set up

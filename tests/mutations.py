@@ -381,7 +381,7 @@ def config(save: Path, own: Path, other: Path, rng: random.Random) -> Mutation:
     else:
         key, value = rng.choice(
             [("hidden_size", 64), ("hidden_size", "32"), ("num_hidden_layers", 1), ("vocab_size", 385),
-             ("rms_norm_eps", 0.5), ("rms_norm_eps", None), ("rms_norm_eps", "x"),
+             ("rms_norm_eps", 0.01), ("rms_norm_eps", None), ("rms_norm_eps", "x"),
              ("torch_dtype", "bfloat16"), ("torch_dtype", 7), ("max_position_embeddings", "x"),
              ("max_position_embeddings", -5),
              ("max_position_embeddings", 4), ("num_attention_heads", 4), ("num_key_value_heads", 1),

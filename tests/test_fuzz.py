@@ -84,6 +84,13 @@ def test_a_path_that_no_file_system_takes_is_one_line(place, key, value):
     assert f"{key}={value[:100]}" in end.err
 
 
+@kills("train.py", 'and "can\'t allocate memory" not in str(e)', "and str(e)")
+def test_a_model_beyond_the_host_memory_is_exit_code_4(place, monkeypatch):
+    monkeypatch.setattr(train, "build_model", lambda *_: torch.empty(2**60, dtype=torch.uint8))
+    end = fuzz.call(place.line(dir=str(place.new), name="n"))
+    assert end.code == 4 and "out of memory: " in end.err and "try micro_batch=1" in end.err
+
+
 @kills("data/shards.py", "meta = read_meta(folder, key)", "meta = read_meta(folder)")
 def test_a_broken_folder_of_validation_tokens_is_named_with_its_key(place):
     args = ["data=tokens", f"data.train={place.tokens}", f"data.validation={place.folder}/empty"]
@@ -165,8 +172,8 @@ def test_weights_and_config_json_must_fit_each_other(cut):
     mutations.rewrite(save / "model.safetensors", lambda t: t.update({k: x.half() for k, x in t.items()}))
     assert "is F16, config.json says F32" in misfit(save)
     content = json.loads((save / "config.json").read_text())
-    (save / "config.json").write_text(json.dumps(content | {"rms_norm_eps": 0.5}))
-    assert misfit(save) == "config.json says rms_norm_eps=0.5, state.json 1e-06"
+    (save / "config.json").write_text(json.dumps(content | {"rms_norm_eps": 0.01}))
+    assert misfit(save) == "config.json says rms_norm_eps=0.01, state.json 1e-06"
 
 
 @kills("llama/pretrained.py", "if not tensor.isfinite().all():", "if False:")
