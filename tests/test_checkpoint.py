@@ -152,7 +152,7 @@ DAMAGE = {
     '                return f"{MANIFEST} does not name {name}"',
     "                continue",
 )
-@kills("llama/checkpoint.py", "if os.path.basename(name) != name:", "if not name:")
+@kills("llama/checkpoint.py", "if not name or os.path.basename(name) != name:", "if not name:")
 @pytest.mark.parametrize("case", DAMAGE)
 def test_a_touched_file_is_named_and_the_save_before_wins(tmp_path, case, caplog):
     older, newer = save(tmp_path, 1), save(tmp_path, 2)
