@@ -47,14 +47,6 @@ def go_on(run, command, *more):
     return fuzz.call(command(run.parent, "save_every=2", "keep_last=9", "eval_every=100", *more))
 
 
-@kills("train.py", 'os.replace(folder / "config.yaml.tmp", folder / "config.yaml")', "None")
-@kills("data/tokenizer.py", "    if not os.path.isfile(path):", "    if not path.is_file():")
-@kills("data/loader.py", "not os.path.isdir(folder)", "not folder.is_dir()")
-@kills(
-    "train.py",
-    "            with named(cfg):\n                shapes",
-    "            with suppress():\n                shapes",
-)
 def test_mutated_lines_are_refused_by_key_and_valid_ones_train(place):
     tally = fuzz.Tally()
     with fuzz.quick():
@@ -63,7 +55,7 @@ def test_mutated_lines_are_refused_by_key_and_valid_ones_train(place):
 
 
 def test_mutated_saves_are_refused_or_make_no_difference(place, monkeypatch):
-    monkeypatch.setattr(fuzz_saves, "METHODS", ("adamw", "gradnormlorp_adapter_8bit"))
+    monkeypatch.setattr(fuzz_saves, "METHODS", ("adamw", "galore_8bit"))
     monkeypatch.setattr(fuzz_saves, "COMMANDS", ("eval", "generate"))
     tally = fuzz.Tally()
     fuzz_saves.try_saves(place, 60, random.Random(1), tally)
@@ -73,6 +65,8 @@ def test_mutated_saves_are_refused_or_make_no_difference(place, monkeypatch):
 # ---- what it found
 
 
+@kills("data/tokenizer.py", "    if not os.path.isfile(path):", "    if not path.is_file():")
+@kills("data/loader.py", "not os.path.isdir(folder)", "not folder.is_dir()")
 @pytest.mark.parametrize(
     "key", ["data.tokenizer", "data.cache", "data.train", "data.validation", "model.init_from"]
 )
@@ -98,6 +92,21 @@ def test_a_broken_folder_of_validation_tokens_is_named_with_its_key(place):
     assert end.code == 2 and f"data.validation={place.folder}/empty: no meta.json" in end.err
 
 
+@kills("train.py", "with named(cfg):\n                shapes", "with suppress():\n                shapes")
+@kills("train.py", "with named(cfg):\n                pre", "with suppress():\n                pre")
+@kills(
+    "llama/pretrained.py",
+    '{value!r}" for key, value in known.items() if type',
+    '{value!r}" for key, value in () if type',
+)
+@pytest.mark.parametrize("name", ["text_size", "half_size", "list_theta", "no_weights", "elsewhere"])
+def test_a_folder_that_is_no_model_is_named_with_the_key(place, name):
+    path = place.folder / "models" / name
+    end = fuzz.call(place.line(f"model.init_from={path}", dir=str(place.new), name="n"))
+    assert end.code == 2 and f"model.init_from={path}: " in end.err
+
+
+@kills("train.py", 'os.replace(folder / "config.yaml.tmp", folder / "config.yaml")', "None")
 @kills("train.py", '.name) / "config.yaml.tmp").unlink()', '.name) / "config.yaml.tm").unlink()')
 @kills(
     "train.py",
@@ -107,6 +116,7 @@ def test_a_broken_folder_of_validation_tokens_is_named_with_its_key(place):
 def test_data_that_is_refused_leaves_the_settings_of_the_run(place):
     run = place.runs / "r"
     before = fuzz.contents(run)
+    assert "config.yaml" in before
     end = fuzz.call(place.line("steps=5", "data.validation=/no/such"))
     assert end.code == 2 and "data.validation=/no/such" in end.err
     assert fuzz.contents(run) == before
