@@ -208,7 +208,7 @@ def test_an_index_leads_neither_past_the_weights_nor_out_of_the_folder(cut):
 
 
 @kills("train.py", "            self.dataset.check_position(saved", "            len(saved")
-@pytest.mark.parametrize("odd", [{"row": 10**9}, {"file": 99}, {"record": "1"}, {"epoch": -1}, {"more": 1}])
+@pytest.mark.parametrize("odd", [{"more": 1}, {"file": 99}, {"record": "1"}, {"epoch": -1}, {"row": 10**9}])
 def test_a_position_that_cannot_be_is_refused(cut, command, odd):
     path = cut / "checkpoints/step_00000004/state.json"
     state = json.loads(path.read_text())
