@@ -17,8 +17,10 @@ import os
 import shutil
 import sys
 import time
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -79,7 +81,8 @@ class Run:
         self.model = build_model(cfg.model, comm.device, self.dtype, cfg.seed)
         self.model.checkpoint_blocks(cfg.activations.checkpoint)
         if cfg.model.init_from and not source:
-            pretrained.load_weights(self.model, Path(cfg.model.init_from))
+            with named(cfg):
+                pretrained.load_weights(self.model, Path(cfg.model.init_from))
         torch.manual_seed(cfg.seed)  # the first bases of projected methods
         try:
             self.opt = optim.attach(
@@ -93,7 +96,7 @@ class Run:
         except ValueError as e:  # what only the model shows: a rank that no matrix exceeds
             raise ConfigError([f"optim.{line}" for line in str(e).splitlines()]) from e
         self.opt.warmup_steps = round(cfg.optim.warmup * self.steps)
-        saved = self.restore(source) if source else {}
+        saved = self.restore_newest(source)
         self.start = saved.get("step", 0)
         self.position: dict[str, Any] | None = saved.get("data")
         self.stream: str = saved.get("stream", "")  # running hash of every token trained on, over all ranks
@@ -109,6 +112,7 @@ class Run:
         self.trace = Trace(folder if cfg.profile and comm.rank == 0 else None, self.start, self.steps)
         if comm.rank == 0:
             self.announce()
+            os.replace(folder / "config.yaml.tmp", folder / "config.yaml")
             self.saver = Saver(folder, cfg.keep_last, self.start)
             if cuda and not cfg.optim.lr_range:
                 self.saver.reserve(self.tensors())
@@ -353,9 +357,28 @@ class Run:
         return {"config.json": config, checkpoint.STATE: json.dumps(state, indent=1)}
 
     def restore(self, source: Path) -> dict[str, Any]:
-        pretrained.load_weights(self.model, source)
-        self.opt.load_state_dict({"state": checkpoint.load_optim(source)})
-        return checkpoint.read_state(source)
+        """FolderError where the save is not one of this model, method and data; the weights may be its by
+        then."""
+        saved, file = checkpoint.read_state(source), checkpoint.STATE
+        try:
+            self.dataset.check_position(saved["data"])
+            file = "model.safetensors"
+            pretrained.load_weights(self.model, source)
+            file = "optim.safetensors"
+            self.opt.load_state_dict({"state": checkpoint.load_optim(source)})
+        except ValueError as e:
+            raise pretrained.FolderError(f"{source}: {file}: {e}") from None
+        return saved
+
+    def restore_newest(self, source: Path | None) -> dict[str, Any]:
+        """Of `source`, or of the newest save before it that fits; empty without any save."""
+        while source:
+            try:
+                return self.restore(source)
+            except pretrained.FolderError as e:
+                checkpoint.refuse(source, str(e).removeprefix(f"{source}: "))
+            source = self.comm.first(partial(choose, self.cfg, self.folder, source))
+        return {}
 
     def announce(self) -> None:
         cfg, comm = self.cfg, self.comm
@@ -412,16 +435,26 @@ def prepare(cfg: Config, lock: Lock) -> tuple[Path, Path | None]:
         raise ConfigError(
             [f"run.dir={cfg.run.dir}: {e.filename or folder}: {e.strerror}; mend that or name another"]
         ) from None
-    source = None if cfg.optim.lr_range else checkpoint.latest(folder)
-    if source:
-        changes = differences(checkpoint.read_state(source)["config"], asdict(cfg))
-        refused = [c for c in changes if not may_change(c)]
-        if refused:
-            raise ConfigError([f"{c}; {way_out(c, source)}" for c in refused])
-        for change in changes:
-            log.info("changed   %s", change)
-    os.replace(folder / "config.yaml.tmp", folder / "config.yaml")
-    return folder, source
+    return folder, None if cfg.optim.lr_range else choose(cfg, folder)
+
+
+def choose(cfg: Config, folder: Path, before: Path | None = None) -> Path | None:
+    """Rank 0: the newest good save (older than `before`), None where none was ever made. ConfigError if all
+    are bad: to begin anew would write over what may be mended."""
+    source = checkpoint.latest(folder, pretrained.misfit, before)
+    if source is None:
+        if checkpoint.complete(folder):
+            raise ConfigError(
+                [f"run.name={cfg.run.name}: no save in {folder} can be used; mend one, or run.name=NEW"]
+            )
+        return None
+    changes = differences(checkpoint.read_state(source)["config"], asdict(cfg))
+    refused = [c for c in changes if not may_change(c)]
+    if refused:
+        raise ConfigError([f"{c}; {way_out(c, source)}" for c in refused])
+    for change in changes:
+        log.info("changed   %s", change)
+    return source
 
 
 def train(cfg: Config, comm: Comm) -> None:
@@ -437,13 +470,25 @@ def train(cfg: Config, comm: Comm) -> None:
         finally:
             run.close()
     finally:
+        if lock.held:  # not of a run that another process trains
+            with suppress(OSError):
+                (Path(cfg.run.dir) / str(cfg.run.name) / "config.yaml.tmp").unlink()
         lock.release()
+
+
+@contextmanager
+def named(cfg: Config) -> Iterator[None]:
+    """What is wrong with the folder of model.init_from is said with the key."""
+    try:
+        yield
+    except pretrained.FolderError as e:
+        raise ConfigError([f"model.init_from={cfg.model.init_from}: {e}"]) from None
 
 
 def out_of_memory(error: Exception, cfg: Config, comm: Comm | None) -> None:
     """Says what would need less, and leaves the allocator's snapshot in the run folder."""
     world = comm.world if comm else 1
-    print(f"out of memory: {str(error).splitlines()[0]}\n{cfg.smaller(world)}", file=sys.stderr)
+    print(f"out of memory: {(str(error).splitlines() or [''])[0]}\n{cfg.smaller(world)}", file=sys.stderr)
     if comm and comm.device.type == "cuda":
         path = Path(cfg.run.dir) / str(cfg.run.name) / f"out_of_memory_{comm.rank}.pickle"
         with allowed_to_fail(path):
@@ -470,7 +515,9 @@ def attempt(argv: list[str]) -> int:
             return 0
         cfg = parse(argv)
         if cfg.model.init_from:
-            cfg.model = replace(pretrained.load_config(cfg.model.init_from), init_from=cfg.model.init_from)
+            with named(cfg):
+                shapes = pretrained.load_config(cfg.model.init_from)
+            cfg.model = replace(shapes, init_from=cfg.model.init_from)
         cfg = cfg.resolved()
         comm = Comm.from_env()
         if comm.rank:
@@ -490,7 +537,9 @@ def attempt(argv: list[str]) -> int:
         if comm is None or comm.rank == 0 or not isinstance(e, Stopped):  # all ranks stop alike: one says so
             print(f"stopped: {e}", file=sys.stderr)
         return 3
-    except torch.OutOfMemoryError as e:
+    except (RuntimeError, MemoryError) as e:  # torch says of a card and of the host by two types
+        if not isinstance(e, torch.OutOfMemoryError | MemoryError) and "can't allocate memory" not in str(e):
+            raise
         out_of_memory(e, cfg, comm)
         return 4
     except OSError as e:  # the disk, while a run is set up

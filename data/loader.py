@@ -123,6 +123,22 @@ class Dataset:
             stream = _TextStream(self._train, self._pool(), self.cfg.packing, self.seq_len, state, damage)
         return Loader(stream, rows, rank, world, pin, self._identity)
 
+    def check_position(self, state: dict[str, Any] | None) -> None:
+        """DataError where `state` cannot be a position of such data; that it is this data's `loader` sees."""
+        if not state:
+            return
+        found = {key: value for key, value in state.items() if key != "of"}
+        if self._shards is not None:
+            needed, may, limits = {"epoch", "row"}, set(), {"row": self._shards[0].rows}
+        else:
+            needed, may = {*Cursor.__dataclass_fields__, "document"}, {"token", "group", "row"}
+            limits = {"file": len(self._train.files) + 1, "row": group_rows(self.seq_len) + 1}
+        odd = [key for key in needed | {*found} if key not in found or key not in needed | may]
+        odd += [f"{k}={v!r}" for k, v in found.items() if type(v) is not int]
+        odd += [f"{k}={v}" for k, v in found.items() if type(v) is int and not 0 <= v < limits.get(k, 2**62)]
+        if odd or not isinstance(state.get("of"), dict):
+            raise DataError(f"no position in this data ({', '.join(sorted(odd))[:200] or 'of'})")
+
     def validation(self, max_tokens: int = 10_000_000) -> EvalSet:
         """The first max_tokens targets of the validation text, in file order and in the run's own packing.
 
@@ -176,12 +192,14 @@ class Dataset:
         folder = _folder("data.train", self.cfg.train)
         train = Shards(folder, "train")
         tokenizer = Tokenizer(folder / "tokenizer.model")
-        held_out = folder if self.cfg.validation is None else _folder("data.validation", self.cfg.validation)
-        validation = Shards(held_out, "validation")
+        validation = Shards(folder, "validation") if self.cfg.validation is None else None
+        if validation is None:
+            held_out = _folder("data.validation", self.cfg.validation)
+            validation = Shards(held_out, "validation", "data.validation")
         for shards in (train, validation):
             if shards.meta["tokenizer_sha256"] != tokenizer.sha256:
                 raise DataError(
-                    f"data.validation={held_out}: tokens of {shards.folder} were made with another tokenizer "
+                    f"data.validation={shards.folder}: its tokens were made with another tokenizer "
                     f"than {tokenizer.path}; prepare both with one tokenizer"
                 )
         check_size(tokenizer, str(tokenizer.path), vocab_size)
@@ -200,7 +218,7 @@ def default_workers() -> int:
 def _folder(key: str, value: Any) -> Path:
     names = globs(value)
     folder = Path(names[0]).expanduser()
-    if len(names) != 1 or not folder.is_dir():
+    if len(names) != 1 or not os.path.isdir(folder):
         raise DataError(f"{key}={value}: not one folder; give the folder that `python -m data.prepare` wrote")
     return folder
 

@@ -63,8 +63,9 @@ def _mix(x: np.ndarray, key: np.uint64) -> np.ndarray:
 class Shards:
     """One split of a prepared folder. DataError where a file is missing, cut or altered."""
 
-    def __init__(self, folder: Path, split: str) -> None:
-        meta = read_meta(folder)
+    def __init__(self, folder: Path, split: str, key: str = "data.train") -> None:
+        """key: the setting that names the folder."""
+        meta = read_meta(folder, key)
         if not meta["splits"].get(split):
             raise DataError(
                 f"data.{split}={folder}: holds no {split} tokens; prepare it with data.{split}=GLOB"
@@ -74,8 +75,10 @@ class Shards:
         shards = meta["splits"][split]
         verify = sum(s["tokens"] for s in shards) * np.dtype(meta["dtype"]).itemsize <= VERIFY_BYTES
         for shard in shards:
-            self._tokens.append(_map(folder, shard, ".bin", np.dtype(meta["dtype"]), shard["tokens"], verify))
-            self._ends.append(_map(folder, shard, ".idx", np.dtype("<u8"), shard["documents"], True))
+            self._tokens.append(
+                _map(key, folder, shard, ".bin", np.dtype(meta["dtype"]), shard["tokens"], verify)
+            )
+            self._ends.append(_map(key, folder, shard, ".idx", np.dtype("<u8"), shard["documents"], True))
         self._first_token = np.cumsum([0] + [len(t) for t in self._tokens])
         self._first_document = np.cumsum([0] + [len(e) for e in self._ends])
         self.tokens, self.documents = int(self._first_token[-1]), int(self._first_document[-1])
@@ -144,7 +147,7 @@ class ShardRows:
         return np.ascontiguousarray(rows[:, :-1]), np.ascontiguousarray(rows[:, 1:])
 
 
-def read_meta(folder: Path) -> dict[str, Any]:
+def read_meta(folder: Path, key: str = "data.train") -> dict[str, Any]:
     path = folder / META
     try:
         meta = json.loads(path.read_text())
@@ -154,27 +157,25 @@ def read_meta(folder: Path) -> dict[str, Any]:
         return meta
     except FileNotFoundError:
         raise DataError(
-            f"data.train={folder}: no {META} there, so not a finished folder of `python -m data.prepare`; "
+            f"{key}={folder}: no {META} there, so not a finished folder of `python -m data.prepare`; "
             "run it, or let it end"
         ) from None
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise DataError(
-            f"data.train={folder}: {path} is damaged ({error}); prepare the folder again"
-        ) from None
+        raise DataError(f"{key}={folder}: {path} is damaged ({error}); prepare the folder again") from None
 
 
 def _map(
-    folder: Path, shard: dict[str, Any], ending: str, dtype: np.dtype[Any], count: int, verify: bool
+    key: str, folder: Path, shard: dict[str, Any], ending: str, dtype: np.dtype[Any], count: int, verify: bool
 ) -> np.ndarray:
     path = folder / (shard["name"] + ending)
     size = path.stat().st_size if path.is_file() else -1
     if size != count * dtype.itemsize or not count:
         state = "is missing" if size < 0 else f"has {size} bytes, {META} says {count * dtype.itemsize}"
-        raise DataError(f"data.train={folder}: {path} {state}; prepare the folder again")
+        raise DataError(f"{key}={folder}: {path} {state}; prepare the folder again")
     with open(path, "rb") as stream:
         content = mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ)
     if verify and hashlib.sha256(content).hexdigest() != shard["sha256" + ending]:
         raise DataError(
-            f"data.train={folder}: the content of {path} was altered since it was prepared; prepare it again"
+            f"{key}={folder}: the content of {path} was altered since it was prepared; prepare it again"
         )
     return np.frombuffer(content, dtype)

@@ -112,7 +112,7 @@ def find_tokenizer(cfg: DataConfig, train: Source, vocab_size: int) -> Tokenizer
         path = fetched(name, cfg)
     else:
         path = Path(name).expanduser()
-    if not path.is_file():
+    if not os.path.isfile(path):
         raise DataError(
             f"data.tokenizer={name}: no such file; name a SentencePiece model file, t5, llama or train"
         )
@@ -134,7 +134,7 @@ def fetched(name: str, cfg: DataConfig) -> Path:
     repo, file = HUB_FILES[name]
     path = cache_dir(cfg) / "tokenizers" / f"{name}.model"
     note = path.with_suffix(".json")  # where it came from, and its hash
-    if path.is_file():
+    if os.path.isfile(path):
         digest = json.loads(note.read_text())["hash"] if note.is_file() else None
         with open(path, "rb") as kept:
             if digest is None or hub.hash_of(kept, digest) == digest:
@@ -177,7 +177,7 @@ def trained(train: Source, vocab_size: int, cache: Path) -> Path:
         if size >= TRAIN_BYTES:
             break
     path = cache / "tokenizers" / f"{digest.hexdigest()[:32]}.model"
-    if path.is_file():
+    if os.path.isfile(path):
         return path
     log.info(
         "training a tokenizer of %d pieces on %.1f MB (about %.0f s)", vocab_size, size / 1e6, 1 + size * 7e-8
@@ -206,7 +206,7 @@ def train_model(sentences: Iterator[str], vocab_size: int, size: int) -> bytes:
 def _kept(path: Path, model: bytes) -> Path:
     try:
         write_atomic(path, model)
-    except OSError as error:
+    except (OSError, ValueError) as error:
         raise DataError(
             f"data.cache={path.parent.parent}: a tokenizer cannot be kept there ({one_line(error)}); "
             "name another folder"

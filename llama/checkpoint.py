@@ -3,8 +3,9 @@
     checkpoints/step_00001000/   config.json model.safetensors optim.safetensors state.json manifest.json
 
 A folder without .tmp is complete by definition: it got its name by one rename after every file was on disk.
-Reading checks each file's size and SHA-256 against the manifest, names what does not agree and falls back to
-the save before. `Saver` (saver.py) does the writing beside training.
+Reading checks each file's size and SHA-256 against the manifest and that it holds what such a file holds,
+names what does not agree and falls back to the save before. What has the right hashes and could have been
+written like that is believed. `Saver` (saver.py) does the writing beside training.
 """
 
 from __future__ import annotations
@@ -15,11 +16,12 @@ import logging
 import math
 import os
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -42,40 +44,91 @@ def step_of(path: Path) -> int:
 
 
 def complete(run: Path) -> list[Path]:
-    """Complete saves of a run folder, newest first; a *.tmp folder is a save that never ended."""
-    names = "checkpoints/step_" + "[0-9]" * 8
-    return sorted((p for p in run.glob(names) if (p / MANIFEST).is_file()), reverse=True)
+    """Saves of a run folder, damaged ones too, newest first; a *.tmp folder is a save that never ended."""
+    return sorted(run.glob("checkpoints/step_" + "[0-9]" * 8), reverse=True)
 
 
-def latest(run: Path) -> Path | None:
-    """The newest complete save whose files agree with its manifest; names every newer one that it refuses."""
+def latest(
+    run: Path,
+    misfit: Callable[[Path], str] = lambda path: "",  # what else is wrong with a save; empty: nothing
+    before: Path | None = None,  # only saves older than this one
+) -> Path | None:
+    """The newest save that `damage` and `misfit` find nothing wrong with; names every newer one refused."""
     for path in complete(run):
-        bad = damage(path)
-        if not bad:
-            return path
-        log.warning("%s refused: %s; going back to the save before it", path, bad)
+        if before is None or path < before:
+            bad = damage(path) or misfit(path)
+            if not bad:
+                return path
+            refuse(path, bad)
     return None
+
+
+def refuse(path: Path, bad: str) -> None:
+    log.warning("%s refused: %s; going back to the save before it", path, bad)
 
 
 def damage(path: Path) -> str:
     """What is wrong with a save, empty if nothing."""
+    if not (path / MANIFEST).is_file():
+        return f"{MANIFEST} is missing"
+    name = MANIFEST  # of the file that an error below is about
     try:
         files = json.loads((path / MANIFEST).read_text())["files"]
         for name in (STATE, "config.json", "model.safetensors", "optim.safetensors", *files):
             if name not in files:
                 return f"{MANIFEST} does not name {name}"
-            if os.path.basename(name) != name:
+            if not name or os.path.basename(name) != name:
                 return f"{MANIFEST} names {name!r}, which is no file of the folder"
             entry = files[name]
             if not (path / name).is_file():
-                return f"{name} is missing"
+                return f"{name!r} is missing" if not name.isprintable() else f"{name} is missing"
             size = (path / name).stat().st_size
             if size != entry["bytes"]:
-                return f"{name} has {size} bytes, its manifest says {entry['bytes']}"
+                return f"{name} has {size} bytes, its manifest says {str(entry['bytes'])[:50]!r}"
             if sha256(path / name) != entry["sha256"]:
                 return f"{name} was changed after it was written (SHA-256 differs)"
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as e:
-        return f"{MANIFEST} cannot be read ({e})"
+        return f"{name if isinstance(e, OSError) else MANIFEST} cannot be read ({e!r})"
+    return misstated(path) or unreadable(path)
+
+
+def misstated(path: Path) -> str:
+    """What is wrong with a save's state.json."""
+    try:
+        state = json.loads((path / STATE).read_text())
+    except (ValueError, RecursionError) as e:
+        return f"{STATE} cannot be read ({e!r})"
+    if not isinstance(state, dict):
+        return f"{STATE} is no JSON object"
+    step, data = state.get("step"), state.get("data")
+    if type(step) is not int or step != step_of(path):
+        return f"{STATE} is of step {str(step)[:50]!r}, the folder of step {step_of(path)}"
+    if type(state.get("tokens")) is not int or state["tokens"] < 0:
+        return f"{STATE} has no number of tokens"
+    if not isinstance(state.get("stream"), str) or not isinstance(state.get("config"), dict):
+        return f"{STATE} has no hash of the tokens, or no settings"
+    if "data" not in state or not isinstance(data, dict | None):
+        return f"{STATE} has no position in the data"
+    spike = state.get("spike", {})
+    if (
+        not isinstance(spike, dict)
+        or not all(
+            isinstance(spike.get(key, empty), type(empty)) for key, empty in (("losses", []), ("high", 0))
+        )
+        or not all(isinstance(x, int | float | None) for x in spike.get("losses", []))
+    ):
+        return f"{STATE} has no history of losses"
+    return ""
+
+
+def unreadable(path: Path) -> str:
+    """Which file of tensors has a header that the format does not allow."""
+    for name in ("model.safetensors", "optim.safetensors"):
+        try:
+            with safe_open(path / name, framework="pt"):
+                pass
+        except (SafetensorError, OSError, ValueError) as e:
+            return f"{name} cannot be read as safetensors ({e})"
     return ""
 
 
@@ -107,7 +160,8 @@ def write(
     os.rename(tmp, final)
     sync(final.parent)
     shutil.rmtree(before, ignore_errors=True)
-    for old in complete(run)[keep_last:]:
+    # Newer ones than this were refused, or the run would not be here: they do not count.
+    for old in [path for path in complete(run) if path <= final][keep_last:]:
         shutil.rmtree(old, ignore_errors=True)
     return final
 

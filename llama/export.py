@@ -20,7 +20,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from .model import Llama
-from .pretrained import FolderError, load_model, read_json, resolve, write_config
+from .pretrained import FolderError, load_model, resolve, seq_len, write_config
 
 USAGE = "usage: python -m llama.export RUN|FOLDER OUT"
 # What the two sides are compared on; the second part tries what tokenizers disagree about.
@@ -147,8 +147,7 @@ def export(source: Path, out: Path, tokenizer: Any, tokenizer_file: Path) -> str
     shutil.rmtree(aside, ignore_errors=True)  # left by an export that was killed
     aside.mkdir(parents=True)
     try:
-        seq_len = read_json(source).get("max_position_embeddings", 2048)
-        verdict = write_folder(model, aside, tokenizer, tokenizer_file, seq_len)
+        verdict = write_folder(model, aside, tokenizer, tokenizer_file, seq_len(source))
         error = difference(model, aside, ids)
         if not error <= TOLERANCE:  # NaN too
             raise FolderError(

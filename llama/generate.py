@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .model import Llama, eager
-from .pretrained import FolderError, load_model, read_json, resolve
+from .pretrained import FolderError, load_model, resolve, seq_len
 
 USAGE = (
     'usage: python -m llama.generate RUN|FOLDER "prompt" [tokens=100] [temperature=0.8] [top_k=50] [seed=0]'
@@ -103,7 +103,7 @@ def main(argv: list[str] | None = None) -> int:
         folder, path = resolve(args[0])
         tokenizer = Tokenizer(str(path))
         model = load_model(folder, "cuda" if torch.cuda.is_available() else "cpu")
-        window = read_json(folder).get("max_position_embeddings", 256)
+        window = seq_len(folder, 256)
         print(generate(model, tokenizer, args[1], window=window, **chosen))
     except (FolderError, DataError) as error:
         print(error, file=sys.stderr)

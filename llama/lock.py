@@ -45,6 +45,10 @@ class Lock:
         file.flush()
         return True
 
+    @property
+    def held(self) -> bool:
+        return self._file is not None
+
     def release(self) -> None:
         if self._file is not None:
             self._file.close()

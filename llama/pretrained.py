@@ -18,8 +18,14 @@ SHAPE_KEYS = (
     "rms_norm_eps tie_word_embeddings"
 ).split()
 REQUIRED = SHAPE_KEYS[:5]
+# Types where a whole number is not the only one.
+KINDS: dict[str, tuple[type, ...]] = {
+    "rms_norm_eps": (float, int), "rope_theta": (float, int), "tie_word_embeddings": (bool,)
+}  # fmt: skip
 # What LlamaConfig can ask for and this model does not have, with the only value that is accepted.
 FIXED = {"hidden_act": "silu", "attention_bias": False, "mlp_bias": False, "attention_dropout": 0.0}
+TYPES = {"float64": "F64", "float32": "F32", "bfloat16": "BF16", "float16": "F16"}  # config.json: safetensors
+Stored = tuple[Path, tuple[int, ...], str]  # file, shape, type of a stored tensor
 
 
 class FolderError(ValueError):
@@ -28,14 +34,16 @@ class FolderError(ValueError):
 
 def resolve(path: str | Path) -> tuple[Path, Path]:
     """(model folder, tokenizer file) of a run folder, newest complete checkpoint, or of a model folder."""
-    from .checkpoint import latest
+    from .checkpoint import complete, latest
 
     root = Path(path)
     if not root.is_dir():
         raise FolderError(f"{root}: no such folder; give a run folder or a folder with config.json")
     folder: Path | None = root
     if (root / "checkpoints").is_dir():
-        folder = latest(root)
+        folder = latest(root, misfit)
+        if folder is None and complete(root):
+            raise FolderError(f"{root}: none of its saves can be used; train.py names the way out")
         if folder is None:
             raise FolderError(
                 f"{root}: no complete checkpoint in checkpoints/ yet; train until the first save"
@@ -58,7 +66,7 @@ def read_json(folder: Path, name: str = "config.json") -> dict:
         raise FolderError(
             f"{path}: no such file; give a folder that holds a LLaMA in Hugging Face's layout"
         ) from None
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise FolderError(f"{path}: cannot be read as JSON ({error})") from None
     if not isinstance(content, dict):
         raise FolderError(f"{path}: not a JSON object")
@@ -82,16 +90,19 @@ def load_config(folder: str | Path) -> ModelConfig:
             raise FolderError(f"{where}: {key}={raw[key]!r} is not supported; only {only!r} is")
     # rope_scaling is older transformers' name; newer ones keep theta and scaling together
     rope = raw.get("rope_parameters") or raw.get("rope_scaling") or {}
+    if not isinstance(rope, dict):
+        raise FolderError(f"{where}: rope_parameters={rope!r} is not an object; LlamaConfig's is one")
     kind = rope.get("rope_type", rope.get("type", "default"))
     if kind != "default":
         raise FolderError(f"{where}: rope_type={kind!r} is not supported; only 'default' is")
-    known = {key: raw[key] for key in SHAPE_KEYS if raw.get(key) is not None}
     theta = rope.get("rope_theta", raw.get("rope_theta"))
-    try:
-        cfg = ModelConfig(**known, rope_theta=10000.0 if theta is None else float(theta))
-        problems = cfg.problems()
-    except TypeError as error:
-        raise FolderError(f"{where}: a value has the wrong type ({error})") from None
+    known = {key: raw[key] for key in SHAPE_KEYS if raw.get(key) is not None}
+    known["rope_theta"] = 10000.0 if theta is None else theta
+    odd = [f"{key}={value!r}" for key, value in known.items() if type(value) not in KINDS.get(key, (int,))]
+    if odd:
+        raise FolderError(f"{where}: {', '.join(odd)[:200]}: a value of the wrong type; LlamaConfig's fit")
+    cfg = ModelConfig(**known)
+    problems = cfg.problems()
     if raw.get("head_dim") not in (None, cfg.hidden_size // max(1, cfg.num_attention_heads)):
         problems.append(f"head_dim={raw['head_dim']}: only hidden_size / num_attention_heads is supported")
     if problems:
@@ -141,12 +152,15 @@ def write_config(cfg: ModelConfig, folder: str | Path, **how: Any) -> None:
 
 
 def weight_files(folder: Path) -> list[Path]:
-    """The safetensors files of a folder: the shards its index names, or model.safetensors."""
+    """The safetensors files of a folder: model.safetensors, or without it the shards that its index names."""
     index = folder / "model.safetensors.index.json"
-    if index.is_file():
+    if index.is_file() and not (folder / "model.safetensors").is_file():
         names = read_json(folder, index.name).get("weight_map")
         if not isinstance(names, dict) or not names:
             raise FolderError(f"{index}: no weight_map in it")
+        for name in names.values():
+            if not isinstance(name, str) or Path(name).name != name or not name.isprintable():
+                raise FolderError(f"{index}: {name!r} is no file of the folder; shards lie beside the index")
         files = [folder / name for name in sorted(set(names.values()))]
     else:
         files = [folder / "model.safetensors"]
@@ -161,13 +175,56 @@ def weight_files(folder: Path) -> list[Path]:
     raise FolderError(f"{', '.join(absent)}: no such file; the folder needs its weights as safetensors")
 
 
-def stored_tensors(files: list[Path]) -> dict[str, tuple[Path, tuple[int, ...]]]:
-    """Name -> (file, shape) of everything stored, without reading tensors."""
-    found: dict[str, tuple[Path, tuple[int, ...]]] = {}
+def stored_tensors(files: list[Path]) -> dict[str, Stored]:
+    """Name -> (file, shape, type) of everything stored, without reading tensors."""
+    found: dict[str, Stored] = {}
     for path in files:
         with open_file(path) as stored:
             for name in stored.keys():  # noqa: SIM118 (not a dict)
-                found[name] = path, tuple(stored.get_slice(name).get_shape())
+                part = stored.get_slice(name)
+                found[name] = path, tuple(part.get_shape()), part.get_dtype()
+    return found
+
+
+def misfit(save: Path) -> str:
+    """Why a save's weights are not those that its config.json describes, by their headers; empty if they
+    are."""
+    try:
+        cfg, raw, told = load_config(save), read_json(save), read_json(save, "state.json")["config"]
+        trained = {**told["model"], "seq_len": told["seq_len"]}
+        for key, value in {
+            **vars(cfg),
+            "num_key_value_heads": cfg.kv_heads,
+            "seq_len": seq_len(save),
+        }.items():
+            if key != "init_from" and trained.get(key) not in (value, None):
+                return f"config.json says {key}={value!r}, state.json {trained[key]!r}"
+        wanted = {n: tuple(p.shape) for n, p in empty_model(cfg, "meta", torch.float32).named_parameters()}
+        stored = stored_tensors([save / "model.safetensors"])
+        problems = unlike(wanted, stored)
+        kind = TYPES.get(str(raw.get("torch_dtype")))
+        problems += [f"{n} is {s[2]}, config.json says {kind}" for n, s in stored.items() if s[2] != kind]
+    except FolderError as error:
+        return str(error)
+    except (KeyError, TypeError, AttributeError):
+        return "state.json holds no shapes in its settings"
+    return f"model.safetensors does not fit config.json: {'; '.join(problems[:3])}" if problems else ""
+
+
+def unlike(wanted: dict[str, tuple[int, ...]], stored: dict[str, Stored]) -> list[str]:
+    """What a model of these shapes misses among the stored tensors, or finds in another shape."""
+    return [f"missing {n}" for n in wanted if n not in stored] + [
+        f"{n} has shape {stored[n][1]}, the model's is {shape}"
+        for n, shape in wanted.items()
+        if n in stored and stored[n][1] != shape
+    ]
+
+
+def seq_len(folder: Path, default: int = 2048) -> int:
+    """The length that a folder's model was trained at."""
+    found = read_json(folder).get("max_position_embeddings", default)
+    if type(found) is not int or not 1 <= found <= 10**9:
+        raise FolderError(f"{folder / 'config.json'}: max_position_embeddings={found!r} is no length")
     return found
 
 
@@ -182,8 +239,9 @@ def open_file(path: Path) -> Any:
 def load_weights(model: Llama, folder: str | Path) -> None:
     """Copy a folder's weights into the model, tensor by tensor, cast to the model's dtype, on its device.
 
-    FolderError, before any weight is changed, names what is missing, unexpected or of another shape. Two
-    leftovers of older files are skipped: rotary inv_freq tables, and an lm_head equal to tied embeddings.
+    FolderError, before any weight is changed, names what is missing, unexpected or of another shape; in the
+    middle of it, a weight with a NaN or an infinity, which could only spread. Two leftovers of older files
+    are skipped: rotary inv_freq tables, and an lm_head equal to tied embeddings.
     """
     folder = Path(folder)
     wanted = dict(model.named_parameters())
@@ -196,28 +254,25 @@ def load_weights(model: Llama, folder: str | Path) -> None:
                 f"{folder}: {head} differs from {embedding}, but config.json says they are tied"
             )
         extra.discard(head)
-    problems = [f"missing {n}" for n in wanted if n not in stored]
+    problems = unlike({n: tuple(p.shape) for n, p in wanted.items()}, stored)
     problems += [f"unexpected {n}" for n in sorted(extra)]
-    problems += [
-        f"{n} has shape {stored[n][1]}, the model's is {tuple(p.shape)}"
-        for n, p in wanted.items()
-        if n in stored and stored[n][1] != tuple(p.shape)
-    ]
     if problems:
         more = f" and {len(problems) - 8} more" if len(problems) > 8 else ""
         raise FolderError(f"{folder}: weights do not fit the model: {'; '.join(problems[:8])}{more}")
     for name, tensor in _stream(stored):
         if name in wanted:
+            if not tensor.isfinite().all():
+                raise FolderError(f"{stored[name][0]}: {name} holds numbers that are not finite")
             wanted[name].copy_(tensor)
 
 
-def _read(stored: dict[str, tuple[Path, tuple[int, ...]]], name: str) -> torch.Tensor:
+def _read(stored: dict[str, Stored], name: str) -> torch.Tensor:
     with open_file(stored[name][0]) as handle:
         return handle.get_tensor(name)
 
 
-def _stream(stored: dict[str, tuple[Path, tuple[int, ...]]]) -> Iterator[tuple[str, torch.Tensor]]:
-    for path in sorted({path for path, _ in stored.values()}):
+def _stream(stored: dict[str, Stored]) -> Iterator[tuple[str, torch.Tensor]]:
+    for path in sorted({path for path, *_ in stored.values()}):
         with open_file(path) as handle:
             for name in handle.keys():  # noqa: SIM118
                 yield name, handle.get_tensor(name)
@@ -225,12 +280,8 @@ def _stream(stored: dict[str, tuple[Path, tuple[int, ...]]]) -> Iterator[tuple[s
 
 def stored_dtype(folder: str | Path) -> torch.dtype:
     """The widest dtype among a folder's weights."""
-    stored = stored_tensors(weight_files(Path(folder)))
     names = {"F64": torch.float64, "F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
-    kinds = set()
-    for name, (path, _) in stored.items():
-        with open_file(path) as handle:
-            kinds.add(handle.get_slice(name).get_dtype())
+    kinds = {kind for _, _, kind in stored_tensors(weight_files(Path(folder))).values()}
     unknown = kinds - names.keys()
     if unknown:
         raise FolderError(

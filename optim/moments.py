@@ -18,6 +18,7 @@ from torch import Tensor
 
 from . import kernels
 
+STORES = ("fp32", "bf16", "int8")
 load, save_ = kernels.load, kernels.save_
 
 

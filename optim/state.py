@@ -14,6 +14,7 @@ from .unit import Unit, local
 if TYPE_CHECKING:
     from .engine import Engine
 
+FLOATS = {"qs", "w0", "i", "j"}  # in the weights' dtype or a basis', which a card and a CPU choose unlike
 ENGINE = "engine"  # beside parameters' names and "input NAME", "output NAME" of bases
 
 
@@ -61,6 +62,15 @@ def restore(e: Engine, saved: dict[str, Any]) -> None:
                 raise ValueError(
                     f"optimizer state {key} of {name}: saved {tuple(there.shape)}, here {tuple(here.shape)}"
                 )
+            if there.dtype != here.dtype and key not in free - {"d", "grown"} | FLOATS:
+                raise ValueError(f"optimizer state {key} of {name}: saved {there.dtype}, here {here.dtype}")
+    for u in e.units:
+        if not any(_kinds(state[u.name], u) == _kinds(_blank(u, store), u) for store in moments.STORES):
+            raise ValueError(f"optimizer state of {u.name}: its moments are of no kind, or not all of one")
+    for key in FLOATS:
+        kinds = {str(kept[key].dtype) for kept in state.values() if key in kept}
+        if not kinds <= {"torch.float64", "torch.float32", "torch.bfloat16"} or len(kinds) > 1:
+            raise ValueError(f"optimizer state {key}: saved as {' and '.join(sorted(kinds))}")
     for u in e.units:
         _moments(u, state[u.name])
         for key, tensor in u.state.items():
@@ -82,6 +92,17 @@ def restore(e: Engine, saved: dict[str, Any]) -> None:
     r.seed, r.kept, r.fallbacks = e.seed, int(own["kept"]), int(own["fallbacks"])
     for g, there in zip(e.param_groups, saved.get("param_groups", []), strict=False):
         g |= {k: v for k, v in there.items() if k != "params"}
+
+
+def _blank(u: Unit, store: str) -> dict[str, Tensor]:
+    """Moments of a unit in another store: shapes and dtypes."""
+    wide = moments.wide(local(u.param).dtype)
+    return moments.init(store, u.shape, "meta", wide, u.rule.moments)
+
+
+def _kinds(state: dict[str, Tensor], u: Unit) -> dict[str, tuple[Any, ...]]:
+    """Key -> (shape, dtype) of its moments and their scales."""
+    return {k: (t.shape, t.dtype) for k, t in state.items() if k in _stored(u) - {"d"}}
 
 
 def _stored(u: Unit) -> set[str]:

@@ -18,6 +18,7 @@ from llama import eval as evaluation
 from llama.eval import evaluate
 from llama.model import ModelConfig, build_model
 from llama.pretrained import config_text
+from tests.tiny import state_text
 
 CFG = ModelConfig(
     vocab_size=300, hidden_size=32, intermediate_size=44, num_hidden_layers=2, num_attention_heads=4
@@ -137,7 +138,8 @@ def written(tmp_path_factory, model):
     )
     (run / "config.yaml").write_text(schema.to_yaml(cfg))
     tensors = {"model.safetensors": dict(model.state_dict()), "optim.safetensors": {}}
-    texts = {"config.json": config_text(CFG, dtype=torch.float32, eos_token_id=2), checkpoint.STATE: "{}"}
+    config = config_text(CFG, dtype=torch.float32, eos_token_id=2)
+    texts = {"config.json": config, checkpoint.STATE: state_text(CFG, 2, 2048)}
     folder = checkpoint.write(run, 2, tensors, texts, keep_last=1)
     return SimpleNamespace(root=root, run=run, folder=folder)
 

@@ -18,6 +18,7 @@ from llama import generate as generation
 from llama.generate import generate
 from llama.model import ModelConfig, build_model, empty_model
 from llama.pretrained import FolderError, config_text, load_config, load_model, load_weights, write_config
+from tests.tiny import state_text
 
 transformers = pytest.importorskip("transformers")
 
@@ -68,7 +69,7 @@ def make_run(tmp_path, tokenizer_file):
                 p.mul_(4)
         tensors = {"model.safetensors": dict(model.state_dict()), "optim.safetensors": {}}
         config = config_text(cfg, dtype=dtype, eos_token_id=1, pad_token_id=0, seq_len=16)
-        texts = {"config.json": config, checkpoint.STATE: "{}"}
+        texts = {"config.json": config, checkpoint.STATE: state_text(cfg, 2, 16)}
         checkpoint.write(run, 2, tensors, texts, keep_last=1)
         shutil.copyfile(tokenizer_file, run / "tokenizer.model")
         return SimpleNamespace(run=run, model=model, out=tmp_path / "out")

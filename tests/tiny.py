@@ -1,7 +1,9 @@
 """A small model, a training loop and a dense oracle, shared by the optimizer's tests."""
 
+import json
 import math
 import tempfile
+from dataclasses import asdict
 from pathlib import Path
 from types import MethodType
 
@@ -238,3 +240,9 @@ class Oracle:
     def zero_grad(self):
         for p in self.model.parameters():
             p.grad = None
+
+
+def state_text(shapes, step: int, seq_len: int) -> str:
+    """state.json of a save before any token, of a model with these shapes."""
+    config = {"model": asdict(shapes), "seq_len": seq_len}
+    return json.dumps({"step": step, "data": None, "stream": "", "tokens": 0, "config": config})
