@@ -19,9 +19,10 @@ ROOT = Path(__file__).parents[1]
 CHECK, TRAIN = [sys.executable, "-m", "configs.cli"], [sys.executable, "train.py"]
 
 KNOWN = [k for k in leaves(Config(optim=ProjectedConfig())) if k not in ("optim.name", "data.name")]
+NATURAL = ["optim.history", "optim.damping"]
 PROJECTED = [k for k in KNOWN if k not in leaves(Config())]
 INTS = ["steps", "tokens_per_step", "micro_batch", "seq_len", "seed", "eval_every", "save_every", "keep_last"]
-PROJECTED_INTS = ["optim.rank", "optim.refresh_every"]
+PROJECTED_INTS = ["optim.rank", "optim.refresh_every", "optim.history"]
 FLOATS = [f"optim.{k}" for k in "lr scale beta1 beta2 eps decay clip warmup min_lr_ratio".split()]
 FLOATS += ["activations.checkpoint", "save_minutes", "data.cache_gib"]
 NOT_NULL = [k for k in INTS if k != "steps"] + [k for k in FLOATS if k != "optim.lr"]
@@ -62,6 +63,8 @@ OUTSIDE = {
     "optim.side": ["left", "right", "short", "std"],
     "optim.transport": ["rotate+fill", "none", "ldadam"],
     "optim.basis_dtype": ["int8", "float32", "int4"],
+    "optim.history": ["-1", "65", "99999999999999999999"],
+    "optim.damping": ["0", "-1", "1e-4", "1e7", "nan", "inf"],
     "activations.checkpoint": ["-0.5", "1.01", "nan", "inf", "8"],
     "data.cache_gib": ["0", "-20", "nan", "inf", "2000000"],
     "data.path": ["ftp://mirror/c4", "https://", "s3://bucket/c4"],
@@ -75,7 +78,7 @@ OUTSIDE = {
 # Names of settings that do not exist yet, and of other programs.
 UNBUILT = (
     "graph plan rewind trace activations.velora activations.layers "
-    "optim.lift optim.rounding optim.mag_scale optim.damping optim.weight_decay "
+    "optim.lift optim.rounding optim.mag_scale optim.weight_decay "
     "model.hidden batch_size max_steps data.shuffle run.id"
 ).split()
 
@@ -160,7 +163,9 @@ INVALID = invalid_ones()
 def with_method(argv: list[str]) -> list[str]:
     """The same with a method that has all the keys, if some are a projected method's and none is chosen."""
     keys = [arg.partition("=")[0].lstrip("+") for arg in argv]
-    return argv if "optim" in keys or not set(keys) & set(PROJECTED) else [*argv, "optim=galore"]
+    if "optim" in keys or not set(keys) & {*PROJECTED, *NATURAL}:
+        return argv
+    return [*argv, "optim=natural_galore" if set(keys) & set(NATURAL) else "optim=galore"]
 
 
 def problems_of(argv: list[str]) -> list[str]:
@@ -193,9 +198,10 @@ def test_keys_of_other_methods_give_one_line_with_those_that_have_them() -> None
             (line,) = problems_of([f"optim={method}", f"{key}=1"])
             assert line in (
                 f"{key}=1: belongs to low-rank methods; choose optim=galore, galore_8bit, galore_sgd, "
-                "gradnormlorp, gradnormlorp_8bit, gradnormlorp_adapter or gradnormlorp_adapter_8bit",
+                "gradnormlorp, gradnormlorp_8bit, gradnormlorp_adapter, gradnormlorp_adapter_8bit, "
+                "natural_galore or natural_galore_8bit",
                 f"{key}=1: belongs to projected methods; choose optim=galore, galore_8bit, galore_sgd, "
-                "gradnormlorp or gradnormlorp_8bit",
+                "gradnormlorp, gradnormlorp_8bit, natural_galore or natural_galore_8bit",
             )
 
 
@@ -352,6 +358,8 @@ def mutated_files() -> list[tuple[str, str, str]]:
     rng, text = random.Random(5), to_yaml(Config(optim=ProjectedConfig(name="galore")))
     cases = []
     for key, values in OUTSIDE.items():
+        if key in NATURAL:
+            continue
         value = rng.choice([v for v in values if "{" not in v])
         section, _, name = key.rpartition(".")
         lines = text.splitlines()
