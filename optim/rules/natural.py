@@ -94,7 +94,7 @@ class Natural(Adam):
         trace = gram.diagonal().sum()
         inverse = torch.where(trace > info.tiny / info.eps, 1 / trace, 0.0)  # Adam squares what comes of it
         system = gram * inverse
-        system.diagonal().add_(self.damping / count)
+        system.diagonal().add_(self.damping / count.to(gram.dtype))
         factor, _ = torch.linalg.cholesky_ex(system)
         newest = torch.zeros_like(gram[:, :1]).index_fill_(0, slot, 1.0)
         half = torch.linalg.solve_triangular(factor, newest, upper=False)
