@@ -89,20 +89,28 @@ PROJECTED = {
     "optim.side": "input, output, paper, long or both",
     "optim.share": "one basis for weights with the same input",
 }
+NATURAL = {
+    "optim.history": "projected gradients kept; 0: galore",
+    "optim.damping": "over their mean squared norm",
+}
 MAGNITUDE = {
     "optim.mag_scale": "magnitudes run at lr * mag_scale",
     "optim.rounding": "of bf16 matrices: stochastic or nearest",
 }
 ADAPTER = {
-    **MAGNITUDE,
-    "optim.rounding": "of a merge: stochastic or nearest",
     "optim.merge_every": "steps; 0: never; null: as refresh_every",
     "optim.core_rank": "of the factors' gradients; null: as rank",
     "optim.detach_norm": "the norm is a constant to the gradient",
     "optim.normalize": "false: W0 + I J, no magnitude",
     "optim.project": "false: Adam on the factors' whole gradients",
 }
-SECTIONS = {"low-rank": LOW_RANK, "projected": PROJECTED, "magnitude": MAGNITUDE, "adapter": ADAPTER}
+SECTIONS = {
+    "low-rank": LOW_RANK,
+    "projected": PROJECTED,
+    "natural": NATURAL,
+    "magnitude": MAGNITUDE,
+    "adapter": ADAPTER,
+}
 
 
 def help_text() -> str:
@@ -123,15 +131,22 @@ def help_text() -> str:
     lines += textwrap.wrap(
         "  shapes: " + " ".join(shapes), 80, subsequent_indent=" " * 4, break_on_hyphens=False
     )
+    every = methods("adamw")
     for schema, phrases in SECTIONS.items():
-        names = methods(schema)
-        cfg = blank(names[0])
-        short = [f"{n}(_8bit)" if f"{n}_8bit" in names else n for n in names if not n.endswith("_8bit")]
+        names = [n for n in every if set(phrases) <= set(leaves(blank(n)))]
         if schema == "low-rank":
             lines.append("")
-        lines += textwrap.wrap(f"Of {schema} methods, {', '.join(short)}:", 80, break_on_hyphens=False)
+        others = [n for n in every if n not in names]
+        which = min((shortened(names), f"all but {shortened(others)}"), key=len)
+        cfg = blank(names[0])
+        lines += textwrap.wrap(f"Of {schema} methods, {which}:", 80, break_on_hyphens=False)
         lines += [line(cfg, key, phrases) for key in leaves(cfg) if key in phrases]
     return "\n".join([*lines, "", TAIL])
+
+
+def shortened(names: list[str]) -> str:
+    """Method and 8-bit twin as one."""
+    return ", ".join(f"{n}(_8bit)" if f"{n}_8bit" in names else n for n in names if not n.endswith("_8bit"))
 
 
 def setting(cfg: Config, key: str) -> str:

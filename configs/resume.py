@@ -33,6 +33,7 @@ MAY_CHANGE = (
     "optim.decay",
     "optim.clip",  # and clip_mode
     "optim.growth_limit",
+    "optim.damping",
     "optim.update",
     "optim.moments",
     "optim.embed_moments",

@@ -17,6 +17,7 @@ from optim.config import (
     AdapterConfig,
     BasisConfig,
     MagnitudeConfig,
+    NaturalConfig,
     OptimConfig,
     ProjectedConfig,
     default_lr,
@@ -35,6 +36,7 @@ SCHEMAS: dict[str, dict[str, type]] = {
         "adamw": OptimConfig,
         "low-rank": BasisConfig,  # of no method by itself
         "projected": ProjectedConfig,
+        "natural": NaturalConfig,
         "magnitude": MagnitudeConfig,
         "adapter": AdapterConfig,
     },

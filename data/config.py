@@ -88,7 +88,7 @@ class DataConfig:
             found.append(
                 f"data.cache_gib={gib}: would be ignored, only data=c4 keeps what it downloads; drop it"
             )
-        if isinstance(path, str) and "://" in path and not is_url(path):
+        if self.name == "c4" and isinstance(path, str) and "://" in path and not is_url(path):
             found.append(
                 f"data.path={path}: no address of a mirror; give http:// or https:// with a host, or a folder"
             )

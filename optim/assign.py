@@ -115,6 +115,8 @@ def give_bases(model: nn.Module, units: list[Unit], cfg: ProjectedConfig) -> lis
         else:
             family = family_of(u) if cfg.share and side != "output" else u.name
             families.setdefault((side, family), []).append(u)
+    for u in (u for u in matrices if u.why):
+        u.rule = u.rule.dense
     bases: list[Basis] = []
 
     def basis(side: str, members: list[Unit], k: int) -> Basis:

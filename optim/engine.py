@@ -23,6 +23,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -290,7 +291,7 @@ class Engine(torch.optim.Optimizer):
                 dense.setdefault(u.rule, []).append((u, r))
                 continue
             h, w = self.scalars.table[u.index], local(u.param)
-            n = u.rule.step_(r, u.state, h, w.dtype)
+            n = u.rule.step_(r, u.state, h, w.dtype, partial(self.reduce.sum_parts, u.param))
             n = growth.limit_(u, n, h, self.reduce) if u.limit else n
             if x.s is not None:
                 magnitude.step_(u, w, n, x.s, x.a, h, self.updates)

@@ -67,7 +67,8 @@ def entries(e: Engine) -> list[Entry]:
 
 
 def state_of(u: Unit) -> list[Entry]:
-    """Moments of one unit: R's numbers in their store, a scale for 256 of a row, the column scale."""
+    """Moments of one unit: R's numbers in their store, a scale for 256 of a row, the column scale; s Rs of
+    a history, likewise, with the s x s inner products, the next one's place and their number."""
     shape, wide = u.shape, wide_of(u)
     rows, cols = (shape[0], shape[1]) if len(shape) == 2 else (1, shape[0])
     out = []
@@ -76,6 +77,12 @@ def state_of(u: Unit) -> list[Entry]:
         out.append(Entry("moments", rows * cols, stored[u.store]))
         if u.store == "int8":
             out.append(Entry("moment scales", rows * -(-cols // QUANT), torch.float32))
+    if s := u.rule.history:
+        stored = {"fp32": wide, "bf16": torch.bfloat16, "int8": torch.int8}
+        out.append(Entry("history", s * rows * cols, stored[u.store]))
+        if u.store == "int8":
+            out.append(Entry("history scales", s * rows * -(-cols // QUANT), torch.float32))
+        out += [Entry("history's products", s * s, wide), Entry("history's places", 2, torch.int64)]
     if u.store == "int8" and u.q and out:
         out.append(Entry("column scale", u.q.r, torch.float32))
     if "grown" in u.state:
@@ -102,6 +109,7 @@ def table(e: Engine) -> str:
     group = dict(zip(map(id, (u.param for u in e.units)), e._groups, strict=True))
     for (name, shape), units in lines.items():
         u, several = units[0], len({u.adapter.name if u.adapter else u.name for u in units})
+        rule = u.rule.label or type(u.rule).__name__.lower()
         name = name.removesuffix(".weight").removeprefix("model.")
         name = (name if len(name) < 34 else "..." + name[-30:]) + (f" x{several}" if several > 1 else "")
         basis, rank = "-", "-"
@@ -117,7 +125,7 @@ def table(e: Engine) -> str:
         mib = sum(x.bytes for v in units for x in state_of(v)) / 2**20
         rate = f"{g['lr'] * g['scale']:.1e}".replace("e-0", "e-")
         out.append(
-            f"{name:<38}{'x'.join(map(str, shape)):>11} {type(u.rule).__name__.lower():<5}{basis:<9}"
+            f"{name:<38}{'x'.join(map(str, shape)):>11} {rule:<5}{basis:<9}"
             f"{rank:>4} {rate:>6}{mib:>5.{0 if mib >= 99.5 else 1}f}"
         )
     reasons = {u.why for u in e.units if u.why}
@@ -134,6 +142,8 @@ def memory(e: Engine) -> list[str]:
             if x.what in ("weights", "bases", "adapters")
             else "moments"
             if x.what.startswith("moment")
+            else "history"
+            if x.what.startswith("history")
             else "extras"
         )
         sums[kind] = sums.get(kind, 0) + x.bytes / GIB

@@ -10,9 +10,10 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
-from .config import AdapterConfig, MagnitudeConfig, OptimConfig, ProjectedConfig
+from .config import AdapterConfig, MagnitudeConfig, NaturalConfig, OptimConfig, ProjectedConfig
 from .rules import Rule
 from .rules.adam import Adam
+from .rules.natural import Natural
 from .rules.sgd import Sgd
 
 
@@ -27,6 +28,14 @@ def adam(cfg: OptimConfig) -> Adam:
     return Adam(cfg.beta1, cfg.beta2, cfg.eps)
 
 
+def natural(cfg: OptimConfig) -> Adam:
+    """Without a history it is GaLore."""
+    assert isinstance(cfg, NaturalConfig)
+    if not cfg.history:
+        return adam(cfg)
+    return Natural(cfg.beta1, cfg.beta2, cfg.eps, cfg.history, cfg.damping)
+
+
 METHODS = {
     "adamw": Method(adam, OptimConfig),
     "adamw_8bit": Method(adam, OptimConfig, {"moments": "int8"}),
@@ -37,4 +46,6 @@ METHODS = {
     "gradnormlorp_adapter": Method(adam, AdapterConfig, {"refresh_every": 250}),
     "gradnormlorp_adapter_8bit": Method(adam, AdapterConfig, {"refresh_every": 250, "moments": "int8"}),
     "galore_sgd": Method(lambda cfg: Sgd(), ProjectedConfig, {"scale": 50.0}),
+    "natural_galore": Method(natural, NaturalConfig),
+    "natural_galore_8bit": Method(natural, NaturalConfig, {"moments": "int8"}),
 }

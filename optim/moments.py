@@ -6,7 +6,7 @@ int8  a quarter: a byte a number and an fp32 scale for 256 of them, kernels.quan
       than two dimensions stay fp32.
 
 A rule written in plain torch reads with `load(state, name, wide)`, computes, and writes with
-`save_(state, name, value, ok, t, index)`; it never sees the store.
+`save_(state, name, value, ok, t, index)`, or `push_` for one of several; it never sees the store.
 """
 
 from __future__ import annotations
@@ -47,3 +47,24 @@ def init(
             dtype = torch.bfloat16 if store == "bf16" else wide
             state[name] = torch.zeros(tuple(shape), dtype=dtype, device=device)
     return state
+
+
+def push_(
+    state: dict[str, Tensor],
+    name: str,
+    slot: Tensor,  # (1,) int64, on the device
+    value: Tensor,  # of the shape of state[name][0], fp32 or float64
+    ok: Tensor,  # () nothing changes where it is 0
+    t: Tensor,  # () as of save_
+    index: Tensor,
+) -> None:
+    """state[name][slot] <- value, rounded to its store. state[name] is signed, with a leading dimension."""
+    stacked = state[name]
+    parts = {name: stacked}
+    if f"{name}_scale" in state:
+        scales = state[f"{name}_scale"]
+        parts[f"{name}_scale"] = scales.view(*stacked.shape[:-1], scales.shape[1])
+    one = {k: x.index_select(0, slot)[0] for k, x in parts.items()}
+    save_({**one, **({"d": state["d"]} if "d" in state else {})}, name, value, ok, t, index)
+    for k, x in parts.items():
+        x.index_copy_(0, slot, one[k][None])

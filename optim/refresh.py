@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from functools import partial
 from types import MethodType
 from typing import Any
 
@@ -115,9 +116,10 @@ class Refresher:
         if policy == "keep":
             if d is not None:
                 kernels.rescale_(u.state, u.rule.moments, d)
+            u.rule.moved_(u.state, False)
             return
         yes, dim = torch.ones((), device=c.device), -1 if b.side == "input" else 0
-        values = {k: moments.load(u.state, k, c.dtype) for k in u.rule.moments}
+        values = {k: moments.load(u.state, k, c.dtype) for k in u.rule.stored}
         if d is not None:
             u.state["d"].copy_(d)
         for k, x in values.items():
@@ -126,6 +128,7 @@ class Refresher:
             moved = m if v is None else v
             assert moved is not None
             moments.save_(u.state, k, moved, yes, yes * b.count, yes * u.index)
+        u.rule.moved_(u.state, policy != "reset", partial(self.reduce.sum_parts, u.param))
 
     def _column_scale(self, u: Unit, r: Tensor) -> Tensor:
         """(r,) root mean square of the columns of R over all rows, at least FLOOR of the largest."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -45,7 +46,7 @@ def groups(e: Engine) -> list[dict[str, Any]]:
 def restore(e: Engine, saved: dict[str, Any]) -> None:
     """Copies into place, after everything was checked: a refused state changes nothing.
 
-    Moments in another store are converted; a growth limit may come or go."""
+    Moments in another store are converted, a history with them; a growth limit may come or go."""
     state, mine = saved["state"], collect(e)
     for name in sorted(state.keys() ^ mine.keys()):
         raise ValueError(f"optimizer state of {name}: in only one of the save and this model")
@@ -72,12 +73,14 @@ def restore(e: Engine, saved: dict[str, Any]) -> None:
         if not kinds <= {"torch.float64", "torch.float32", "torch.bfloat16"} or len(kinds) > 1:
             raise ValueError(f"optimizer state {key}: saved as {' and '.join(sorted(kinds))}")
     for u in e.units:
-        _moments(u, state[u.name])
+        same = _moments(u, state[u.name])
         for key, tensor in u.state.items():
             if key in state[u.name].keys() - _stored(u):
                 tensor.copy_(state[u.name][key])
             elif key == "grown":  # no limit before
                 tensor.zero_()
+        if not same:
+            u.rule.moved_(u.state, True, partial(e.reduce.sum_parts, u.param))
         e.scalars.t[u.index] = state[u.name]["t"]
     for b in e.bases:
         b.load_(*(state[b.name][k] for k in ("qs", "count", "fresh")))
@@ -95,9 +98,8 @@ def restore(e: Engine, saved: dict[str, Any]) -> None:
 
 
 def _blank(u: Unit, store: str) -> dict[str, Tensor]:
-    """Moments of a unit in another store: shapes and dtypes."""
-    wide = moments.wide(local(u.param).dtype)
-    return moments.init(store, u.shape, "meta", wide, u.rule.moments)
+    """State of a unit in another store: shapes and dtypes."""
+    return u.rule.begin(store, u.shape, torch.device("meta"), moments.wide(local(u.param).dtype))
 
 
 def _kinds(state: dict[str, Tensor], u: Unit) -> dict[str, tuple[Any, ...]]:
@@ -107,24 +109,25 @@ def _kinds(state: dict[str, Tensor], u: Unit) -> dict[str, tuple[Any, ...]]:
 
 def _stored(u: Unit) -> set[str]:
     """Keys of the moments and what their store has beside them."""
-    return {"d", *u.rule.moments, *(f"{k}_scale" for k in u.rule.moments)}
+    return {"d", *u.rule.stored, *(f"{k}_scale" for k in u.rule.stored)}
 
 
-def _moments(u: Unit, saved: dict[str, Tensor]) -> None:
-    """Bit for bit from the same store, else by value."""
+def _moments(u: Unit, saved: dict[str, Tensor]) -> bool:
+    """Bit for bit from the same store (true), else by value."""
     keys = _stored(u)
     mine = {k: t for k, t in u.state.items() if k in keys}
     there = {k: t for k, t in saved.items() if k in keys}
     if {k: t.dtype for k, t in mine.items()} == {k: t.dtype for k, t in there.items()}:
         for k, t in mine.items():
             t.copy_(there[k])
-        return
+        return True
     wide = moments.wide(local(u.param).dtype)
     there = {k: t.to(local(u.param).device) for k, t in there.items()}
-    values = {k: moments.load(there, k, wide) for k in u.rule.moments}
+    values = {k: moments.load(there, k, wide) for k in u.rule.stored}
     if "d" in u.state:  # R's root mean square over rows, as the second moment remembers it
         d = values["v"].mean(0).sqrt() if "v" in values else torch.zeros_like(u.state["d"])
         u.state["d"].copy_(torch.where(d.max() > 0, d.clamp(min=FLOOR * d.max()), 1.0))
     yes = torch.ones((), device=local(u.param).device)
     for k, x in values.items():
         moments.save_(u.state, k, x, yes, yes, yes * u.index)
+    return False

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from . import kernels, moments, subspace
+from . import kernels, subspace
 from .layer import ProjectedLinear, coordinate
 from .rules import Rule
 from .rules.adam import Adam
@@ -163,7 +163,7 @@ class Unit:
         w = local(self.param)
         wide = torch.promote_types(w.dtype, torch.float32)
         self.state.clear()
-        self.state |= moments.init(self.store, self.shape, w.device, wide, self.rule.moments)
+        self.state |= self.rule.begin(self.store, self.shape, w.device, wide)
         if self.q and self.store == "int8" and self.rule.moments:
             self.state["d"] = torch.ones(self.q.r, device=w.device)
         if self.limit and self.projected:

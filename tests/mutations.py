@@ -22,6 +22,7 @@ from llama import checkpoint
 
 FILES = ("config.json", "manifest.json", "model.safetensors", "optim.safetensors", "state.json")
 TENSORS = ("model.safetensors", "optim.safetensors")
+LONG = "x" * 5000
 DECIDED = {"state.json: settings"}  # refused with the way out, an older save or not
 
 
@@ -144,9 +145,6 @@ def whole_folder(save: Path, own: Path, other: Path, rng: random.Random) -> Muta
     else:
         save.symlink_to(aside if how == "link" else "nowhere")
     return Mutation(f"folder: {how}", "", how, harmless=how == "link")
-
-
-LONG = "x" * 5000
 
 
 def manifest(save: Path, own: Path, other: Path, rng: random.Random) -> Mutation:

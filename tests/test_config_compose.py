@@ -21,6 +21,7 @@ from llama.config import num_block_params, num_params
 from optim.config import (
     AdapterConfig,
     BasisConfig,
+    NaturalConfig,
     OptimConfig,
     ProjectedConfig,
     default_lr,
@@ -202,9 +203,11 @@ def test_methods_are_the_group_files() -> None:
     low = ["galore", "galore_8bit", "galore_sgd"]
     magnitudes = ["gradnormlorp", "gradnormlorp_8bit"]
     adapters = ["gradnormlorp_adapter", "gradnormlorp_adapter_8bit"]
-    assert methods("adamw") == ["adamw", "adamw_8bit", *low, *magnitudes, *adapters]
-    assert methods("low-rank") == [*low, *magnitudes, *adapters] and methods("adapter") == adapters
-    assert methods("projected") == [*low, *magnitudes] and methods("magnitude") == magnitudes
+    naturals = ["natural_galore", "natural_galore_8bit"]
+    assert methods("adamw") == ["adamw", "adamw_8bit", *low, *magnitudes, *adapters, *naturals]
+    assert methods("low-rank") == [*low, *magnitudes, *adapters, *naturals]
+    assert methods("projected") == [*low, *magnitudes, *naturals] and methods("magnitude") == magnitudes
+    assert methods("adapter") == adapters and methods("natural") == naturals
     for name in group_options("optim"):
         cfg = parse([f"optim={name}"])
         assert cfg.optim.name == name and cfg.optim.moments == ("int8" if "8bit" in name else "fp32")
@@ -227,8 +230,15 @@ def test_keys_of_projected_methods() -> None:
         assert (
             line
             == "optim.rank=64: belongs to low-rank methods; choose optim=galore, galore_8bit, galore_sgd, "
-            "gradnormlorp, gradnormlorp_8bit, gradnormlorp_adapter or gradnormlorp_adapter_8bit"
+            "gradnormlorp, gradnormlorp_8bit, gradnormlorp_adapter, gradnormlorp_adapter_8bit, "
+            "natural_galore or natural_galore_8bit"
         )
+    (line,) = problems_of(["optim=galore", "optim.history=2"])
+    assert line.endswith("natural methods; choose optim=natural_galore or natural_galore_8bit")
+    (line,) = problems_of(["optim=natural_galore", "optim.history=0", "optim.damping=2"])
+    assert line.startswith("optim.damping=2: would be ignored with optim.history=0; ")
+    natural = parse(["optim=natural_galore_8bit", "optim.history=0"]).optim
+    assert (natural.history, natural.damping, natural.moments) == (0, 1.0, "int8")
     (line,) = problems_of(["optim=galore", "optim.merge_every=9"])
     assert line.endswith("adapter methods; choose optim=gradnormlorp_adapter or gradnormlorp_adapter_8bit")
     (line,) = problems_of(["optim=gradnormlorp_adapter", "optim.side=output"])
@@ -544,7 +554,12 @@ def test_help_fits_and_names_everything() -> None:
     words = set(re.split(r"[\s,:;]+", text))
     for group in GROUPS:
         assert {group, *group_options(group)} <= words
-    for cfg in (Config(), Config(optim=ProjectedConfig()), Config(optim=AdapterConfig())):
+    for cfg in (
+        Config(),
+        Config(optim=ProjectedConfig()),
+        Config(optim=NaturalConfig()),
+        Config(optim=AdapterConfig()),
+    ):
         for key in leaves(cfg):
             if key in ("optim.name", "data.name"):
                 continue

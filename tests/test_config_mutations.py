@@ -37,6 +37,19 @@ def test_each_wrong_argument_gives_one_line_with_key_and_value() -> None:
         assert ": " in lines[0] and ";" in lines[0], f"neither reason nor way out: {lines[0]}"
 
 
+NATURAL = {
+    "optim.history": ["-1", "65", "99999999999999999999", "1.5", "null"],
+    "optim.damping": ["0", "-1", "1e-4", "1e7", "nan", "inf", "null"],
+}
+
+
+def test_values_of_natural_galore_outside_their_ranges() -> None:
+    for key, values in NATURAL.items():
+        for value in values:
+            (line,) = problems_of(["optim=natural_galore", f"{key}={value}"])
+            assert line.startswith(f"{key}={value}: ")
+
+
 def test_keys_of_other_methods_give_one_line_with_those_that_have_them() -> None:
     for arg, key, value in INVALID:
         if key not in PROJECTED or not arg.startswith(f"{key}="):
@@ -48,9 +61,10 @@ def test_keys_of_other_methods_give_one_line_with_those_that_have_them() -> None
             (line,) = problems_of([f"optim={method}", f"{key}=1"])
             assert line in (
                 f"{key}=1: belongs to low-rank methods; choose optim=galore, galore_8bit, galore_sgd, "
-                "gradnormlorp, gradnormlorp_8bit, gradnormlorp_adapter or gradnormlorp_adapter_8bit",
+                "gradnormlorp, gradnormlorp_8bit, gradnormlorp_adapter, gradnormlorp_adapter_8bit, "
+                "natural_galore or natural_galore_8bit",
                 f"{key}=1: belongs to projected methods; choose optim=galore, galore_8bit, galore_sgd, "
-                "gradnormlorp or gradnormlorp_8bit",
+                "gradnormlorp, gradnormlorp_8bit, natural_galore or natural_galore_8bit",
             )
 
 

@@ -118,6 +118,7 @@ REFUSED = {
     "optim.side=output": "side",
     "optim.share=false": "bases",
     "optim.basis_dtype=bf16": "bases",
+    "optim=natural_galore": "method",
 }
 
 
@@ -152,6 +153,8 @@ def test_the_way_out_works(began, command, tmp_path):
 def test_a_twin_is_the_same_method() -> None:
     assert may_change("optim.name=galore_8bit: was galore") and may_change("optim.name=adamw: was adamw_8bit")
     assert not may_change("optim.name=galore: was gradnormlorp")
+    assert may_change("optim.name=natural_galore_8bit: was natural_galore")
+    assert may_change("optim.damping=2.0: was 1.0") and not may_change("optim.history=8: was 4")
     assert "init_from" in way_out("optim.rank=8: was 4", "x") and "init_from=" not in way_out(
         "model.hidden_size=8: was 4", "x"
     )

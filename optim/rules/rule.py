@@ -3,6 +3,7 @@ finite."""
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -10,14 +11,49 @@ from torch import Tensor
 
 from .. import kernels, moments
 
+Total = Callable[[Tensor], Tensor]  # a sum over this rank's rows of a gradient -> over all its rows
+
+
+def alone(t: Tensor) -> Tensor:
+    """Total where one rank holds all rows."""
+    return t
+
 
 class Rule:
     """Subclasses give `moments` and `direction`; `update_` and `step_` are the same for all of them.
 
     moments   names of tensors of the gradient's shape; "v" is non-negative, all others are signed
+    history   past gradients kept in the same store: "history", (history, *shape), signed
+    label     in the start table, up to four letters; by default the class's name
     """
 
     moments: tuple[str, ...] = ()
+    history: int = 0
+    label: str = ""
+
+    @property
+    def stored(self) -> tuple[str, ...]:
+        """Names of what is kept in coordinates, in the store that was asked for."""
+        return (*self.moments, "history") if self.history else self.moments
+
+    @property
+    def dense(self) -> Rule:
+        """The rule of a matrix that is too narrow for a basis."""
+        return self
+
+    def begin(
+        self,
+        store: str,  # fp32 | bf16 | int8
+        shape: Sequence[int],
+        device: torch.device,
+        wide: torch.dtype,
+    ) -> dict[str, Tensor]:
+        """State of an untrained weight; on the meta device shapes only."""
+        return moments.init(store, shape, device, wide, self.moments)
+
+    def moved_(self, state: dict[str, Tensor], rotated: bool, total: Total = alone) -> None:
+        """After a new basis, when `stored` was `rotated` into it or not, or after another store: what
+        depends on coordinates and is none."""
 
     def direction(
         self,
@@ -38,6 +74,7 @@ class Rule:
         state: dict[str, Tensor],  # moments.init, in place
         h: Tensor,  # (8,) kernels.Column
         dtype: torch.dtype,
+        total: Total = alone,
     ) -> Tensor:
         """-lr * direction in `dtype`; zero where the gradient is not finite, and the moments stay too."""
         column = kernels.Column

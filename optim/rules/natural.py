@@ -1,0 +1,116 @@
+"""Natural GaLore (Das 2024, arXiv 2410.16029): inverse empirical Fisher of the last s gradients, then Adam.
+
+With h_1 ... h_c the last c <= s gradients in coordinates, as vectors, the newest one g = h_n among them:
+
+    F = lambda I + H H^T,  K = H^T H        g~ = F^-1 g = H w,  (lambda I + K) w = e_n
+
+The paper's Woodbury step g / lambda - H (I + K / lambda)^-1 H^T g / lambda^2 is the same vector, as g is a
+column of H, but a difference of large ones: in fp32, at lambda = 1e-5, it is 1.8e-3 off, this form 1e-7.
+One vector (s = 1) gives g / (lambda + ||g||^2), a rescaling. <g~, g> > 0 for g != 0.
+
+lambda = damping tr(K) / c, where tr(K) / c is the mean square of the norms: an absolute one, 1e-3 in
+published code, makes the method GaLore wherever gradients are small. With large damping g~ is g / lambda;
+lambda follows the norms of the last c gradients, so Adam then does what GaLore's would on gradients of one
+length. Published code keeps old vectors when the basis is replaced; here they are cleared, or rotated and K
+computed anew.
+
+H is stored as the moments are; K is the Gram matrix of what is stored, and positive semidefinite therefore.
+This update's g enters its own system before it is rounded.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from .. import kernels, moments, subspace
+from .adam import Adam
+from .rule import Rule, Total, alone
+
+Column = kernels.Column
+
+
+@dataclass(frozen=True)
+class Natural(Adam):
+    history: int = 4  # vectors kept, s; at least 1
+    damping: float = 1.0  # over the mean square of their norms
+
+    label = "nat."
+
+    @property
+    def dense(self) -> Rule:
+        return Adam(self.beta1, self.beta2, self.eps)
+
+    def begin(
+        self, store: str, shape: Sequence[int], device: torch.device, wide: torch.dtype
+    ) -> dict[str, Tensor]:
+        return {
+            **super().begin(store, shape, device, wide),
+            **moments.init(store, (self.history, *shape), device, wide, ("history",)),
+            "gram": torch.zeros(self.history, self.history, dtype=wide, device=device),  # K
+            "slot": torch.zeros(1, dtype=torch.int64, device=device),  # where the next vector goes
+            "filled": torch.zeros((), dtype=torch.int64, device=device),  # c
+        }
+
+    def step_(
+        self, g: Tensor, state: dict[str, Tensor], h: Tensor, dtype: torch.dtype, total: Total = alone
+    ) -> Tensor:
+        wide = torch.promote_types(g.dtype, torch.float32)
+        natural = self._natural(g.to(wide) * h[Column.CLIP], state, h, total)
+        h = h.clone()
+        h[Column.CLIP] = 1.0
+        own = ("history", "history_scale", "gram", "slot", "filled")
+        adam = {k: t for k, t in state.items() if k not in own}
+        return super().step_(natural, adam, h, dtype, total)
+
+    @subspace.ieee()
+    def _natural(self, g: Tensor, state: dict[str, Tensor], h: Tensor, total: Total) -> Tensor:
+        """g~ of the clipped g, which is pushed; where g is not finite the state stays."""
+        ok, slot, gram = h[Column.OK] > 0, state["slot"], state["gram"]
+        slot = slot.clone()
+        moments.push_(state, "history", slot, g, h[Column.OK], h[Column.T], h[Column.INDEX])
+        past = moments.load(state, "history", g.dtype).flatten(1)
+        stored = past.index_select(0, slot)
+        past.index_copy_(0, slot, g.reshape(1, -1))
+        two = torch.cat([past.index_select(0, slot), stored]).t()  # g as it is, g as it is kept
+        dots = total(torch.cat([past @ two, stored @ two]))  # (s + 1, 2)
+        fresh, kept = dots[:-1, 0], dots[:-1, 1].index_copy(0, slot, dots[-1:, 1])
+        count = (state["filled"] + 1).clamp(max=self.history)
+        w = self._weights(_border(gram, slot, fresh), slot, count)
+        gram.copy_(torch.where(ok, _border(gram, slot, kept), gram))
+        state["filled"].copy_(torch.where(ok, count, state["filled"]))
+        state["slot"].copy_(torch.where(ok, (slot + 1) % self.history, slot))
+        return (w @ past).view(g.shape)
+
+    def _weights(self, gram: Tensor, slot: Tensor, count: Tensor) -> Tensor:
+        """w (s,), 0 for K = 0: with K / tr(K) for K and damping / c for lambda, and then over tr(K).
+
+        Its condition number is at most 1 + c / damping. An empty place is a row of zeros, and w is 0 there.
+        """
+        info = torch.finfo(gram.dtype)
+        trace = gram.diagonal().sum()
+        inverse = torch.where(trace > info.tiny / info.eps, 1 / trace, 0.0)  # Adam squares what comes of it
+        system = gram * inverse
+        system.diagonal().add_(self.damping / count.to(gram.dtype))
+        factor, _ = torch.linalg.cholesky_ex(system)
+        newest = torch.zeros_like(gram[:, :1]).index_fill_(0, slot, 1.0)
+        half = torch.linalg.solve_triangular(factor, newest, upper=False)
+        return torch.linalg.solve_triangular(factor.t(), half, upper=True)[:, 0] * inverse
+
+    @subspace.ieee()
+    def moved_(self, state: dict[str, Tensor], rotated: bool, total: Total = alone) -> None:
+        gram = state["gram"]
+        if rotated:
+            past = moments.load(state, "history", gram.dtype).flatten(1)
+            gram.copy_(total(past @ past.t()))
+        else:
+            for name in ("history", "gram", "slot", "filled"):
+                state[name].zero_()
+
+
+def _border(gram: Tensor, slot: Tensor, row: Tensor) -> Tensor:
+    """K with one row and column replaced."""
+    return gram.index_copy(0, slot, row[None]).index_copy(1, slot, row[:, None])
