@@ -129,6 +129,7 @@ class Run:
                     [cfg.log] if isinstance(cfg.log, str) else cfg.log, folder, asdict(cfg)
                 ),
             )
+            self.book.judge = self.judge
 
     def step(self, step: int, batch: data.Batch, valid: int) -> None:
         """One update. `valid` is the number of targets over all micro-batches and ranks: with it the sum of
@@ -218,10 +219,13 @@ class Run:
         often = self.rewinds is not None and step % spike.CHECK_EVERY == 0
         if not (often or self.book.due() or step == self.steps):
             return
-        rows = self.book.flush()
+        self.book.flush()
+        self.back = often and self.rewinds is not None and self.rewinds.found
+
+    def judge(self, rows: list[dict[str, Any]]) -> None:
+        """Every row, whoever had it written: a save and an evaluation do as well."""
         if self.rewinds:
             self.rewinds.note(rows)
-            self.back = often and self.rewinds.found
         else:
             self.failed |= any(row["skipped_in_a_row"] >= SKIPPED_IN_A_ROW for row in rows)
 

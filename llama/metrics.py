@@ -57,6 +57,7 @@ class Metrics:
         self.tokens = cut(self.path, start)
         self.journal = Journal(self.path)
         self.pending: list[tuple[dict[str, Any], dict[str, Tensor | float]]] = []
+        self.judge: Callable[[list[dict[str, Any]]], None] = lambda rows: None  # sees every row of a step
         self.note = ""
         self.line = Console.line = Line(sys.stderr)
         self.begun = time.perf_counter()
@@ -101,6 +102,7 @@ class Metrics:
                 | {"tokens_per_s": round(rate, 1), "peak_mem_gib": round(peak, 3), **got}
             )
         self.pending.clear()
+        self.judge(rows)
         self.write(rows)
         self.line.show(self.describe(rows[-1]), last=rows[-1]["step"] == self.steps)
         self.resume_clock()

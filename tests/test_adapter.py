@@ -208,7 +208,8 @@ def test_begins_at_the_plain_model_invariant_25():
     x = torch.randn(7, 20, dtype=torch.float64)
     j = a.j.detach().clone()
     out = model(x)
-    assert torch.equal(out, plain(x))
+    # the bias on its own: BLAS may round a product that begins with it differently
+    assert torch.equal(out, torch.nn.functional.linear(x, plain[0].weight) + plain[0].bias)
     out.square().sum().backward()
     opt.step()
     grads = dict(zip("ijm", opt.scalars.squares[: len(a.units), 1].tolist(), strict=True))

@@ -93,6 +93,7 @@ def test_skip_leaves_the_batch_out(ended):
     assert rows[PLANTED - 1]["loss"] > rows[PLANTED - 2]["loss"] + 1  # what is told is the loss itself
 
 
+@kills("train.py", "            self.book.judge = self.judge\n", "")
 @kills("train.py", "if checkpoint.step_of(path) >= first:", "if False:")
 @kills("train.py", 'self.book.back(saved["step"])', "pass")
 @kills("llama/spike.py", "self.first = self.first if self.high else row", "self.first = row")
