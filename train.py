@@ -112,7 +112,6 @@ class Run:
         self.trace = Trace(folder if cfg.profile and comm.rank == 0 else None, self.start, self.steps)
         if comm.rank == 0:
             self.announce()
-            os.replace(folder / "config.yaml.tmp", folder / "config.yaml")
             self.saver = Saver(folder, cfg.keep_last, self.start)
             if cuda and not cfg.optim.lr_range:
                 self.saver.reserve(self.tensors())
@@ -470,6 +469,8 @@ def train(cfg: Config, comm: Comm) -> None:
             return
         run = Run(cfg, comm, folder, source)
         try:
+            if comm.rank == 0:  # nothing was refused
+                os.replace(folder / "config.yaml.tmp", folder / "config.yaml")
             run.find_lr() if cfg.optim.lr_range else run.loop()
         finally:
             run.close()

@@ -155,6 +155,12 @@ class Config:
                 f"activations.checkpoint={share}: less than one block with model.num_hidden_layers={layers}; "
                 f"give {math.ceil(1000 / layers) / 1000} or more, or 0"
             )
+        if self.optim.lr_range:
+            for key, off in (("spike", "off"), ("profile", False)):
+                if getattr(self, key) != off:
+                    found.append(
+                        f"{key}={getattr(self, key)}: would be ignored with optim.lr_range=true; leave it out"
+                    )
         kept = (self.keep_last - 1) * self.save_every
         if self.spike == "rewind" and kept < SPIKE_LAG:
             enough = -(-SPIKE_LAG // self.save_every) + 1

@@ -53,7 +53,7 @@ class Saver:
             self._sync_only = True
             log.warning(
                 "saves hold training while they are written: a copy in memory needs %s, %s is available",
-                *map(size_of, (size, available())),
+                *map(in_words, (size, available())),
             )
             return
         self._buffer = torch.empty(size, dtype=torch.uint8)
@@ -74,7 +74,7 @@ class Saver:
         need, there = checkpoint.size_of(tensors), checkpoint.free(self.run)
         self._step, self._error = step, None
         if need > there:
-            self._error = OSError(f"it needs {size_of(need)}, the disk has {size_of(there)} free")
+            self._error = OSError(f"it needs {in_words(need)}, the disk has {in_words(there)} free")
         else:
             self.reserve(tensors)
             kept = tensors if self._buffer is None else self._copy(tensors)
@@ -136,7 +136,7 @@ def padded(t: Tensor) -> int:
     return -(-t.numel() * t.itemsize // ALIGN) * ALIGN
 
 
-def size_of(count: float) -> str:
+def in_words(count: float) -> str:
     """Of bytes: 17.2 GiB, 0.5 MiB."""
     return f"{count / GIB:.1f} GiB" if count >= GIB else f"{count / 2**20:.1f} MiB"
 

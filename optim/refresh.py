@@ -134,7 +134,7 @@ class Refresher:
         """(r,) root mean square of the columns of R over all rows, at least FLOOR of the largest."""
         sums = torch.linalg.vector_norm(r, dim=0, dtype=torch.promote_types(r.dtype, torch.float32)).square()
         d = (self.reduce.sum_rows([u], sums[None])[0] / u.param.shape[0]).sqrt()
-        return torch.where(d.max() > 0, d.clamp(min=FLOOR * d.max()), 1.0)
+        return floored(d)
 
     def _timed(self, device: torch.device) -> _Timer:
         return _Timer(self, device)
@@ -146,6 +146,11 @@ class Refresher:
             self._seconds += begin.elapsed_time(end) / 1e3
         done, self._seconds = self._seconds, 0.0
         return done
+
+
+def floored(d: Tensor) -> Tensor:
+    """Column scales (r,), each at least FLOOR of the largest; ones where all are zero."""
+    return torch.where(d.max() > 0, d.clamp(min=FLOOR * d.max()), 1.0)
 
 
 class _Timer:

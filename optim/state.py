@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from . import moments
-from .refresh import FLOOR
+from .refresh import floored
 from .unit import Unit, local
 
 if TYPE_CHECKING:
@@ -126,7 +126,7 @@ def _moments(u: Unit, saved: dict[str, Tensor]) -> bool:
     values = {k: moments.load(there, k, wide) for k in u.rule.stored}
     if "d" in u.state:  # R's root mean square over rows, as the second moment remembers it
         d = values["v"].mean(0).sqrt() if "v" in values else torch.zeros_like(u.state["d"])
-        u.state["d"].copy_(torch.where(d.max() > 0, d.clamp(min=FLOOR * d.max()), 1.0))
+        u.state["d"].copy_(floored(d))
     yes = torch.ones((), device=local(u.param).device)
     for k, x in values.items():
         moments.save_(u.state, k, x, yes, yes, yes * u.index)

@@ -628,3 +628,10 @@ def test_rewind_keeps_a_save_from_before() -> None:
         ConfigError, match="keep_last=2: with spike=rewind and save_every=10 .* give 3 or more"
     ):
         parse(["spike=rewind", "keep_last=2", "save_every=10"])
+
+
+@kills("configs/schema.py", "if getattr(self, key) != off:", "if False:")
+def test_a_search_for_an_lr_ignores_nothing() -> None:
+    for typed in ("spike=skip", "spike=rewind", "profile=true"):
+        with pytest.raises(ConfigError, match=f"{typed}: would be ignored with optim.lr_range=true"):
+            parse(["optim.lr_range=true", typed])

@@ -118,7 +118,7 @@ def test_moments_are_converted_by_value(method, after):
 
 
 @kills("optim/state.py", 'd = values["v"].mean(0).sqrt() if', 'd = values["v"].mean(0) if')
-@kills("optim/state.py", "d.clamp(min=FLOOR * d.max()), 1.0", "d, 1.0")
+@kills("optim/refresh.py", "d.clamp(min=FLOOR * d.max()), 1.0", "d, 1.0")
 def test_the_column_scale_comes_from_the_second_moment():
     """The root mean square of a column, a thousandth of the largest at least: one column is zero here."""
     _, opt, _ = run("galore", steps=4)

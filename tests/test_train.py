@@ -13,7 +13,9 @@ import torch
 from safetensors.torch import load_file
 
 import train
+from configs.cli import parse
 from llama import checkpoint, metrics
+from optim import Comm
 from tests.mutants import kills
 
 ROOT = Path(__file__).parent.parent
@@ -57,6 +59,16 @@ def stop_after(monkeypatch, steps):
             signal.raise_signal(signal.SIGTERM)
 
     monkeypatch.setattr(train.Run, "step", step)
+
+
+def test_a_run_is_built_without_a_command(whole, command, tmp_path):
+    """As bench.py and compare.py do: no run folder was prepared."""
+    cfg = parse(command(tmp_path, f"data.tokenizer={whole}/tokenizer.model")).resolved()
+    run = train.Run(cfg, Comm(), tmp_path, None)
+    batch = next(run.loader)
+    run.step(1, batch, batch.valid)
+    run.close()
+    assert [r["step"] for r in rows(tmp_path)] == [1]
 
 
 def test_a_run_leaves_what_it_promises(whole):
