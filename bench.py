@@ -186,16 +186,18 @@ def compare_methods(
 def alternate(makers: dict[str, Any], tokens: int, pairs: int) -> list[dict[str, Any]]:
     """All sides in turn: medians of their blocks, and of each pair the ratio. A row for each but the peer."""
     sides: dict[str, Any] = {}
-    peaks, static, counts = {}, {}, {}
+    peaks, static, held, counts = {}, {}, {}, {}
     for name, make in makers.items():
-        before = torch.cuda.memory_allocated()
+        before, reserved = torch.cuda.memory_allocated(), torch.cuda.memory_reserved()
+        torch.cuda.reset_peak_memory_stats()
         sides[name] = make()
         sides[name].steps(4)  # compiles
         torch.cuda.synchronize()
         static[name] = (torch.cuda.memory_allocated() - before) / 2**30
-        torch.cuda.reset_peak_memory_stats()
         counts[name] = max(5, round(BLOCK_S / timed(sides[name], 5)))
         peaks[name] = (torch.cuda.max_memory_allocated() - before) / 2**30  # `before`: the other side's
+        torch.cuda.empty_cache()
+        held[name] = (torch.cuda.memory_reserved() - reserved) / 2**30
     times: dict[str, list[float]] = {name: [] for name in sides}
     for _ in range(pairs):
         for name, side in sides.items():
@@ -213,6 +215,7 @@ def alternate(makers: dict[str, Any], tokens: int, pairs: int) -> list[dict[str,
             "peak_gib": round(peaks[name], 2),
             "peer_peak_gib": round(peaks["peer"], 2),
             "static_gib": round(static[name], 2),
+            "reserved_gib": round(held[name], 2),  # by the allocator, after what is free was given back
             "peer_static_gib": round(static["peer"], 2),
             "ms": [round(1e3 * t, 2) for t in times[name]],
             "peer_ms": [round(1e3 * t, 2) for t in times["peer"]],

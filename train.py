@@ -31,7 +31,7 @@ import optim
 from configs.cli import answer, parse
 from configs.resume import differences, may_change, way_out
 from configs.schema import Config, ConfigError, to_yaml
-from llama import checkpoint, lr_range, metrics, pretrained, spike
+from llama import checkpoint, graph, lr_range, metrics, pretrained, spike
 from llama.card import peak_flops
 from llama.config import flops_per_token, num_params
 from llama.eval import evaluate
@@ -67,6 +67,8 @@ class Run:
         assert cfg.steps is not None and cfg.optim.lr is not None  # Config.resolved filled them
         self.steps, self.lr = cfg.steps, cfg.optim.lr
         cuda = comm.device.type == "cuda"
+        if cuda:
+            graph.use_own_stream()
         self.dtype = (
             torch.bfloat16 if (cfg.weights or ("bf16" if cuda else "fp32")) == "bf16" else torch.float32
         )
@@ -108,6 +110,13 @@ class Run:
             torch._dynamo.config.fail_on_recompile_limit_hit = True  # instead of running eager in silence
             compile_blocks(self.model)
         rows = cfg.tokens_per_step // cfg.seq_len
+        # What a step reads from the host, where a captured one looks for it.
+        shape = (rows // comm.world, cfg.seq_len)
+        self.batch = [torch.empty(shape, dtype=torch.int64, device=comm.device) for _ in "xy"]
+        self.valid = torch.zeros((), device=comm.device)
+        passes = cfg.accumulation(comm.world) * cfg.model.num_hidden_layers
+        alone = cuda and comm.group is None and passes <= graph.MOST
+        self.runner = graph.Steps(self.opt, alone and cfg.graph == "auto")
         self.loader = self.dataset.loader(rows, comm.rank, comm.world, state=self.position, pin=cuda)
         self.trace = Trace(folder if cfg.profile and comm.rank == 0 else None, self.start, self.steps)
         if comm.rank == 0:
@@ -133,28 +142,34 @@ class Run:
     def step(self, step: int, batch: data.Batch, valid: int) -> None:
         """One update. `valid` is the number of targets over all micro-batches and ranks: with it the sum of
         the micro-batches' losses is the mean over tokens, whatever their lengths."""
-        lr, factor = self.set_lr(step), None
-        xs, ys = batch.x.split(self.cfg.micro_batch), batch.y.split(self.cfg.micro_batch)
+        lr = self.set_lr(step)
+        self.valid.fill_(valid)
+        for here, t in zip(self.batch, (batch.x, batch.y), strict=True):
+            here.copy_(t, non_blocking=True)
+        values = self.runner.run(self.micro_batches)
+        self.position = batch.state
+        self.comm.sum_(values["loss"])  # type: ignore[arg-type]
+        if self.book:
+            found, bases = self.opt.first_round
+            note = f"first bases {found}/{bases}" if found < bases else ""
+            self.book.step(step, lr, self.cfg.tokens_per_step, values, note)
+
+    def micro_batches(self) -> torch.Tensor:
+        """Forward and backward of a step's micro-batches, in turn; this rank's share of the loss."""
+        xs, ys = (t.split(self.cfg.micro_batch) for t in self.batch)
+        factor = None
         for _ in range(self.opt.passes):
             total = torch.zeros((), dtype=torch.float32, device=self.comm.device)
             for n, (x, y) in enumerate(zip(xs, ys, strict=True), 1):
-                x, y = (t.to(self.comm.device, non_blocking=True) for t in (x, y))
                 with self.precision():
-                    loss = self.model(x, y) / valid
+                    loss = self.model(x, y) / self.valid
                 total += loss.detach()
                 if self.skip and n == len(xs):  # the update may happen inside this backward
                     if factor is None:
                         factor = self.skip.factor(self.comm.sum_(total.clone()))
                     loss = loss * factor
                 loss.backward()
-        self.opt.step()
-        self.opt.zero_grad()
-        self.position = batch.state
-        self.comm.sum_(total)
-        if self.book:
-            found, bases = self.opt.first_round
-            note = f"first bases {found}/{bases}" if found < bases else ""
-            self.book.step(step, lr, self.cfg.tokens_per_step, {"loss": total, **self.opt.stats}, note)
+        return total
 
     def precision(self) -> AbstractContextManager[Any]:
         """fp32 weights on a GPU: matrix products still run in bf16."""
@@ -291,7 +306,7 @@ class Run:
         comm = self.comm
         if self.book:
             self.book.flush()  # so that the steps' rate does not count the time from here on
-        with self.precision():
+        with self.precision(), self.runner.memory():
             values = evaluate(
                 self.model,
                 self.held_out,

@@ -39,6 +39,7 @@ PHRASES = {
     "weights": "bf16 or fp32; null: bf16 on a GPU",
     "dist": "how ranks share work: replicate",
     "compile": "auto (on a GPU) or off",
+    "graph": "auto (a step as one CUDA graph, on one GPU) or off",
     "log": "none, wandb, tensorboard or [wandb,tensorboard]",
     "run.dir": "parent of the run's folder",
     "run.name": "the folder; null: MODEL_OPTIM_SEED",

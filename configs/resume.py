@@ -16,6 +16,7 @@ MAY_CHANGE = (
     "deterministic",
     "log",
     "compile",
+    "graph",
     "micro_batch",
     "run.",
     "data.workers",

@@ -47,6 +47,7 @@ CHOICES = {
     "weights": ("bf16", "fp32"),
     "dist": ("replicate",),
     "compile": ("auto", "off"),
+    "graph": ("auto", "off"),
     "spike": ("off", "skip", "rewind"),
 }
 SINKS = ("none", "wandb", "tensorboard")
@@ -96,6 +97,7 @@ class Config:
     weights: str | None = None  # bf16 | fp32; None: bf16 on a GPU, fp32 on a CPU
     dist: str = "replicate"
     compile: str = "auto"  # auto | off; auto acts on a GPU only
+    graph: str = "auto"  # auto | off: a step as one CUDA graph; auto acts on one GPU alone
     log: Any = "none"  # none | wandb | tensorboard, or a list of them
 
     def check(self) -> list[str]:

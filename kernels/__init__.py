@@ -5,6 +5,7 @@ interpreter), "auto" Triton on CUDA and the reference elsewhere. It is an argume
 Imports torch and triton only.
 """
 
+from .constant import capturing, constant, kept
 from .dispatch import (
     adam_,
     adam_direction,
@@ -40,12 +41,15 @@ __all__ = [
     "Column",
     "adam_",
     "adam_direction",
+    "capturing",
     "choose",
+    "constant",
     "cross_entropy_",
     "dequantise",
     "lift_",
     "lift_rows_",
     "divisor",
+    "kept",
     "load",
     "magnitude_",
     "plan",

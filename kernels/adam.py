@@ -18,6 +18,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .constant import constant
 from .reference import FLOOR, QUANT
 
 TILE = 2048  # numbers of a program: 16 a thread, so that 8-bit moments too are read 16 bytes at a time
@@ -282,9 +283,8 @@ def tile_table(ws: list[Tensor], moment: torch.dtype) -> Tensor:
     counts = torch.tensor([-(-n // (down * cols)) * -(-cols // QUANT) for n, cols in sizes])
     tensor = torch.repeat_interleave(torch.arange(len(sizes)), counts)
     starts = torch.cumsum(counts, 0) - counts
-    return (
-        torch.stack([tensor, torch.arange(len(tensor)) - starts[tensor]], 1).to(torch.int32).to(ws[0].device)
-    )
+    tiles = torch.stack([tensor, torch.arange(len(tensor)) - starts[tensor]], 1)
+    return constant(tiles, torch.int32, ws[0].device)
 
 
 def launch(
@@ -305,7 +305,7 @@ def launch(
         + [w.numel(), columns(w.shape, moment), n]
         for w, g, s, n in zip(ws, gs, states, indices, strict=True)
     ]
-    addresses = torch.tensor(rows, dtype=torch.int64).to(table.device, non_blocking=True)
+    addresses = constant(rows, torch.int64, table.device)
     adam_kernel[(len(tiles),)](
         addresses, tiles, table, beta1, 1 - beta1, beta2, 1 - beta2, eps, WEIGHT=DTYPES[ws[0].dtype],
         MOMENT=DTYPES[moment], BLOCKS=TILE // QUANT, WIDTH=QUANT, num_warps=WARPS,

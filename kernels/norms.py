@@ -16,6 +16,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .constant import constant
 from .reference import PROBE
 
 PARTS = 64  # programs of a tensor; a batch holds some ten, an H200 132 processors
@@ -109,7 +110,7 @@ def launch(tensors: list[Tensor]) -> Tensor:
     device = tensors[0].device
     out = torch.empty(len(tensors), PARTS, device=device)
     squares_kernel[(len(tensors), PARTS)](
-        torch.tensor(entries, dtype=torch.int64).to(device, non_blocking=True), out,
+        constant(entries, torch.int64, device), out,
         DTYPE=DTYPES[tensors[0].dtype], ALIGNED=aligned, BLOCKS=BLOCKS, WIDTH=WIDTH, num_warps=WARPS,
     )  # fmt: skip
     return out.sum(1)
@@ -127,7 +128,7 @@ def launch_probe(rs: list[Tensor], zs: list[Tensor], crosses: list[Tensor]) -> T
     factor = tl.float32 if "TRITON_INTERPRET" in os.environ else dtype
     out = torch.empty(2, len(rs), PARTS, device=device)
     probe_kernel[(len(rs), PARTS)](
-        torch.tensor(entries, dtype=torch.int64).to(device, non_blocking=True), out,
+        constant(entries, torch.int64, device), out,
         DTYPE=dtype, FACTOR=factor, ALIGNED=aligned, LINES=LINES, WIDTH=ACROSS, K=PROBE, num_warps=WARPS,
     )  # fmt: skip
     return out.sum(2)

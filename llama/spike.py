@@ -45,8 +45,8 @@ class Skip:
         full = self.ring.isfinite().sum() >= LEAST
         high = ~loss.isfinite() | full & (loss > limit)
         fine = loss.isfinite() & (~high | (self.high >= IN_A_ROW))
-        self.high = torch.where(high, self.high + 1, 0)
-        self.ring = torch.where(fine, torch.cat([self.ring[1:], loss[None]]), self.ring)
+        self.high.copy_(torch.where(high, self.high + 1, 0))  # in place: a captured step replays it
+        self.ring.copy_(torch.where(fine, torch.cat([self.ring[1:], loss[None]]), self.ring))
         return torch.where(fine, 1.0, math.nan)
 
     def state(self) -> dict[str, Any]:

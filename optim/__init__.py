@@ -13,6 +13,7 @@ else:
 
 from .attach import attach
 from .comm import Comm, Elsewhere, launcher
+from .engine import Engine
 from .schedule import factor
 
-__all__ = ["Comm", "Elsewhere", "attach", "factor", "kernels", "launcher"]
+__all__ = ["Comm", "Elsewhere", "Engine", "attach", "factor", "kernels", "launcher"]

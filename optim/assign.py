@@ -118,14 +118,15 @@ def give_bases(model: nn.Module, units: list[Unit], cfg: ProjectedConfig) -> lis
     for u in (u for u in matrices if u.why):
         u.rule = u.rule.dense
     bases: list[Basis] = []
+    turns: dict[str, int] = {}
 
     def basis(side: str, members: list[Unit], k: int) -> Basis:
         dim = 1 if side == "input" else 0
         n, across = members[0].param.shape[dim], sum(u.param.shape[1 - dim] for u in members)
-        bases.append(
-            Basis(f"{side} {members[0].name}", len(bases), side, n, min(rank, n, across), k, members)
-        )
-        return bases[-1]
+        b = Basis(f"{side} {members[0].name}", len(bases), side, n, min(rank, n, across), k, members)
+        b.turn = turns.setdefault(block_of(members[0].name), len(turns))
+        bases.append(b)
+        return b
 
     for (side, _), members in families.items():
         if side != "output":
@@ -156,6 +157,12 @@ def side_of(u: Unit, side: str) -> str:
         "paper": "input" if out >= width else "output",
         "long": "output" if out >= width else "input",
     }.get(side, side)
+
+
+def block_of(name: str) -> str:
+    """The path up to its first number: "model.layers.3"; all of a path without one."""
+    found = re.match(r"(.*?\.\d+)\.", name)
+    return found[1] if found else name
 
 
 def family_of(u: Unit) -> str:

@@ -23,6 +23,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from typing import Any
 
@@ -59,6 +60,7 @@ class Engine(torch.optim.Optimizer):
 
     accum_steps    backwards that make one step; may be set between steps
     warmup_steps   of the lr schedule: the first round of bases is spread over them; set before training
+    version        rises when tensors were replaced by others: a captured step must be captured anew
     passes         times that a step's batches go forward and backward: 2 with clip_mode=two_pass, else 1
     first_round    (bases found, bases): while they differ, some are still random
     stats          of this step, device scalars or numbers: grad_norm (before clipping, finite units;
@@ -84,10 +86,12 @@ class Engine(torch.optim.Optimizer):
         self.accum_steps, self.every, self.seed, self._warmup = accum_steps, every, seed, 0
         self.in_backward = cfg.update_resolved == "in_backward"
         self.passes = 2 if cfg.clip_mode == "two_pass" else 1
-        self.updates = 0  # steps done
+        self.updates = self.version = 0  # updates: steps done
         self.stats: dict[str, Tensor | float] = {}
         self.refresher = Refresher(getattr(cfg, "finder", ""), getattr(cfg, "transport", ""), seed, reduce)
         self._eager = Eager(root)
+        self.turns = max((b.turn for b in bases), default=0) + 1
+        self.aside: Callable[[], AbstractContextManager[Any]] = nullcontext  # around all work in backward
         self._paths = {id(m): name for name, m in root.named_modules()}
         # Gains and biases wait for step() and one launch, unless their norm is needed before any update.
         early = not self.in_backward or self.passes == 2
@@ -121,6 +125,7 @@ class Engine(torch.optim.Optimizer):
             u.place(self._hook(u))
             for layer in u.layers:
                 layer.moved = self._note_move
+        self.version += 1
         self.scalars = Scalars(self.units, self._groups, getattr(self, "scalars", None))
         self._plans: dict[tuple[int, ...], Any] = {}
 
@@ -154,9 +159,9 @@ class Engine(torch.optim.Optimizer):
             if a := b.units[0].adapter:
                 b.due = a.due(b, self.updates, self.every)
             else:
-                b.due = due(b.index, len(self.bases), self.updates, self.every, self._warmup, together)
+                b.due = due(b.turn, self.turns, self.updates, self.every, self._warmup, together)
             b.arrived = 0
-        self._alone = self.in_backward and sum(b.due for b in self.bases) == 1
+        self._alone = self.in_backward and len({b.turn for b in self.bases if b.due}) == 1
         self.refresher.held.clear()
         for u in self.units:
             u.fired = [0] * len(u.fired)
@@ -197,7 +202,8 @@ class Engine(torch.optim.Optimizer):
                 self._begin.seen(u, leaf.grad)
                 self._ready.add(u.index)
                 if (self.in_backward or self._pass < self.passes) and u not in self._late:
-                    self._drain(depth=0 if self.reduce.group is None else 1)
+                    with self.aside():
+                        self._drain(depth=0 if self.reduce.group is None else 1)
 
         return fire
 
@@ -227,7 +233,9 @@ class Engine(torch.optim.Optimizer):
         grads = flight.land()
         if not self._opened:
             lagged = self.in_backward and self.cfg.clip_mode in LAGGED
-            self.scalars.open(self.param_groups, self.cfg.clip if lagged else 0.0)
+            if not kernels.capturing(self.scalars.table.device):
+                self.load_rates()
+            self.scalars.open(self.cfg.clip if lagged else 0.0)
             self._opened = True
         if u.adapter:
             for m, g in u.adapter.land(u, grads[0]):
@@ -244,8 +252,8 @@ class Engine(torch.optim.Optimizer):
             self._flush()
 
     def _refresh(self, u: Unit, g: Tensor) -> None:
-        """G, or of a factor any gradient, waits for its basis: not longer than needed, unless one G is all
-        that waits. Then the basis is found in step(), when no activations lie beside it."""
+        """G, or of a factor any gradient, waits for its basis: not longer than needed, unless those of one
+        block are all that wait. Then the bases are found in step(), when no activations lie beside them."""
         s = None
         if u.mag:
             magnitude.resume(u, local(u.param))
@@ -294,7 +302,7 @@ class Engine(torch.optim.Optimizer):
             n = u.rule.step_(r, u.state, h, w.dtype, partial(self.reduce.sum_parts, u.param))
             n = growth.limit_(u, n, h, self.reduce) if u.limit else n
             if x.s is not None:
-                magnitude.step_(u, w, n, x.s, x.a, h, self.updates)
+                magnitude.step_(u, w, n, x.s, x.a, h)
                 continue
             u.lift_(n, torch.where(h[Column.OK] > 0, h[Column.KEEP], 1.0) if u.decay else None)
         for rule, some in dense.items():
@@ -318,6 +326,12 @@ class Engine(torch.optim.Optimizer):
         """Ends one update made of `accum_steps` backwards; RuntimeError after more or fewer."""
         if closure is not None:
             raise ValueError("closure: not supported; call backward accum_steps times, then step()")
+        self.finish()
+        self.advance()
+
+    @torch.no_grad()
+    def finish(self) -> None:
+        """The part of step() that depends on the device alone, and can be captured in a CUDA graph."""
         if wrong := missing(self):
             self.zero_grad()
             raise RuntimeError(wrong)
@@ -330,6 +344,13 @@ class Engine(torch.optim.Optimizer):
         self._flush()
         assert not self.refresher.held and self._next == len(self._order)
         self.stats = {**self.scalars.close(NORM_OF.get(self.cfg.clip_mode, 1))}
+        if not self.bases:
+            del self.stats["energy"]
+        self._begin.warn()
+
+    @torch.no_grad()
+    def advance(self) -> None:
+        """The part of step() that the host decides: what is due between this update and the next."""
         if self.bases:
             overlaps, self.refresher.overlaps = self.refresher.overlaps, []
             self.stats |= {
@@ -337,14 +358,24 @@ class Engine(torch.optim.Optimizer):
                 "bases_kept": float(self.refresher.kept),
                 "refresh_s": self.refresher.seconds(),
             }
-        else:
-            del self.stats["energy"]
-        self._begin.warn()
         self._eager.leave()
         self.updates += 1
         for a in self.adapters:
             a.merge(self.updates, self.scalars)
+        if self.updates % magnitude.READ == 0:
+            for u in self.units:
+                if u.mag:
+                    magnitude.resume(u, local(u.param))
         self._prepare()
+
+    @property
+    def ordinary(self) -> bool:
+        """Whether the step that begins is one like any other: no basis is replaced in it."""
+        return self.updates > 0 and not self._moved and not any(b.due for b in self.bases)
+
+    def load_rates(self) -> None:
+        """lr and decay of the groups to the device: done in step(), but for one that is captured."""
+        self.scalars.load(self.param_groups)
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Drops the gradients of an unfinished step as well; what was updated inside backward stays."""

@@ -106,7 +106,6 @@ def step_(
     s: Tensor,  # (rows,)
     a: Tensor | None,  # (rows, r or more) W Q; None on the output side
     h: Tensor,  # the unit's row of the table: kernels.Column
-    update: int,  # updates done before
 ) -> None:
     """mag, n and W after one update; nothing changes where the gradient is not finite."""
     assert u.mag is not None
@@ -122,6 +121,4 @@ def step_(
     rate, betas = u.mag.rate / u.scale, (rule.beta1, rule.beta2, rule.eps)
     keep, factor = kernels.magnitude_(u.state, s, sums, h, rate, *betas, least(w))
     kernels.lift_rows_(w, left, right, keep, factor, h if u.mag.stochastic else None)
-    if (update + u.index) % READ == 0:  # not all matrices in one update
-        resume(u, w)
     _refactor(u)

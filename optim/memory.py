@@ -59,8 +59,8 @@ def entries(e: Engine) -> list[Entry]:
         add("bases", b.n * b.r, b.qs.dtype)
         add("probe S", b.n * b.k, b.qs.dtype)
         add("probe Q^T S", b.r * b.k, b.qs.dtype)
-    # table of 8, t, two squares, two numbers of all
-    add("scalars", (8 + 1 + 2) * n + 2, wide)
+    # table of 8, t, two squares, two numbers of all; two rates of each group
+    add("scalars", (8 + 1 + 2) * n + 2 + 2 * len(e.param_groups), wide)
     add("scalars", n, torch.int64)  # param group of each
     add("scalars", 3 * n, torch.bool)  # projected, counted, may rest
     return [Entry(what, numel, dtype) for (what, dtype), numel in found.items() if numel]

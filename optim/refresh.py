@@ -1,7 +1,8 @@
 """When a basis is replaced, and what happens to it and to the moments then.
 
-    staggered   bases start random; the first round replaces basis b of B at update 1 + floor(b w / B), with
-                w = min(T, max(warm-up, B)); then at j T + floor(b T / B), j = 1, 2, ... : about one a step
+    staggered   bases start random, and those of a block are replaced in one step. The first round replaces
+                those of block b of B at update 1 + floor(b w / B), with w = min(T, max(warm-up, B)); then at
+                j T + floor(b T / B), j = 1, 2, ...
     together    all at updates 0, T, 2T, ...: GaLore's way, holds every full gradient at once
 
 On its refresh step a basis' weights form G, over all micro-batches and ranks; the new basis is found from it,
@@ -28,14 +29,14 @@ from .unit import Basis, Unit
 FLOOR = 1e-3  # of the largest column scale
 
 
-def due(b: int, bases: int, update: int, every: int, warmup: int, together: bool) -> bool:
-    """Whether basis b of `bases` is replaced in update `update` (0-based)."""
+def due(turn: int, turns: int, update: int, every: int, warmup: int, together: bool) -> bool:
+    """Whether the bases of turn `turn` of `turns` are replaced in update `update` (0-based)."""
     if together:
         return update % every == 0
-    window = min(every, max(warmup, bases))
-    if update == 1 + b * window // bases:
+    window = min(every, max(warmup, turns))
+    if update == 1 + turn * window // turns:
         return True
-    return update >= every and update % every == b * every // bases
+    return update >= every and update % every == turn * every // turns
 
 
 class Refresher:

@@ -28,6 +28,7 @@ class Scalars:
         wide = torch.float64 if any(u.param.dtype == torch.float64 for u in units) else torch.float32
         self.dtype = wide
         self.group_of = torch.tensor(groups, device=device)
+        self.rates = torch.zeros(max(groups) + 1, 2, dtype=wide, device=device)  # lr * scale, 1 - lr * decay
         self.table = torch.zeros(len(units), 8, dtype=wide, device=device)
         self.table[:, Column.INDEX] = torch.arange(len(units))
         self.t = torch.zeros(len(units), dtype=wide, device=device)  # updates done
@@ -52,15 +53,18 @@ class Scalars:
             return slice(first, first + n)
         key = tuple(u.index for u in units)
         if key not in self._index:
-            self._index[key] = torch.tensor(key, device=self.table.device)
+            self._index[key] = kernels.constant(key, torch.int64, self.table.device)
         return self._index[key]
 
-    def open(self, param_groups: list[dict[str, Any]], clip: float) -> None:
-        """Fills the table for a step. clip > 0: every unit by the last step's norm (none yet: not at all)."""
+    def load(self, param_groups: list[dict[str, Any]]) -> None:
+        """What the host decides of a step: lr and decay of each group. Not part of a captured step."""
         rows = [[g["lr"], g["scale"], g["decay"]] for g in param_groups]
         lr, scale, decay = torch.tensor(rows, dtype=self.dtype).T
-        host = torch.stack([lr * scale, 1 - lr * decay], 1).to(self.table.device, non_blocking=True)
-        self.table[:, Column.LR : Column.KEEP + 1] = host[self.group_of]
+        self.rates.copy_(torch.stack([lr * scale, 1 - lr * decay], 1), non_blocking=True)
+
+    def open(self, clip: float) -> None:
+        """Fills the table for a step. clip > 0: every unit by the last step's norm (none yet: not at all)."""
+        self.table[:, Column.LR : Column.KEEP + 1] = self.rates[self.group_of]
         self.table[:, Column.CLIP] = (
             torch.where(self.norm >= 0, coefficient(clip, self.norm), 1.0) if clip else 1.0
         )

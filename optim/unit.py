@@ -50,6 +50,7 @@ class Basis:
     r: int
     k: int  # columns of the probe beside it
     units: list[Unit] = field(default_factory=list)
+    turn: int = 0  # bases of one turn are replaced in one step
     qs: Tensor = field(init=False)  # (n, r + k), basis dtype: [Q, S]
     cross: Tensor = field(init=False)  # (r, k) Q^T S, basis dtype
     count: int = 0  # refreshes done

@@ -58,6 +58,7 @@ OUTSIDE = {
     "weights": ["int8", "fp16", "float32"],
     "dist": ["fsdp", "ddp", "replicat"],
     "compile": ["on", "true", "max"],
+    "graph": ["on", "true", "full"],
     "log": ["mlflow", "[wandb,none]", "[wandb,wandb]", "[]", "7", "{wandb:1}"],
     "run.name": ["a/b", "..", ".", "../up", "/tmp/x", "a\\\\b"],
 }

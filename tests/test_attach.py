@@ -110,8 +110,8 @@ def test_trains_transformers_in_a_hand_written_loop(method):
 
 @kills(
     "optim/scalars.py",
-    "self.table[:, Column.LR : Column.KEEP + 1] = host[self.group_of]",
-    "self.table[:, Column.LR : Column.KEEP + 1] += host[self.group_of] * (self.table[0, 0] == 0)",
+    "self.table[:, Column.LR : Column.KEEP + 1] = self.rates[self.group_of]",
+    "self.table[:, Column.LR : Column.KEEP + 1] += self.rates[self.group_of] * (self.table[0, 0] == 0)",
 )
 def test_a_scheduler_acts_on_the_next_step():
     """lr 0 in the second step: nothing moves in it."""

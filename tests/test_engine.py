@@ -142,9 +142,9 @@ def test_sgd_equals_the_dense_oracle():
     close(plain, model)
 
 
-@kills("optim/refresh.py", "min(every, max(warmup, bases))", "max(warmup, bases)")
-@kills("optim/refresh.py", "update == 1 + b * window // bases", "update == b * window // bases")
-@kills("optim/refresh.py", "update % every == b * every // bases", "update % every == b")
+@kills("optim/refresh.py", "min(every, max(warmup, turns))", "max(warmup, turns)")
+@kills("optim/refresh.py", "update == 1 + turn * window // turns", "update == turn * window // turns")
+@kills("optim/refresh.py", "update % every == turn * every // turns", "update % every == turn")
 def test_the_schedule_of_refreshes():
     """Each basis once in the first round, within min(T, max(warm-up, B)) updates; then once every T."""
     for bases, every, warmup in ((128, 200, 15000), (128, 200, 20), (32, 200, 60), (300, 50, 0), (5, 1, 0)):
@@ -753,7 +753,7 @@ def test_a_state_of_another_method_or_shape_changes_nothing():
 @kills("optim/refresh.py", "b.replace_(q, self.seed)", "pass")
 @kills("optim/refresh.py", "[self.held.pop(n) for n in done]", "[self.held[n] for n in done]")
 def test_refresh_step_invariant_49(monkeypatch):
-    """R = G Q_new exactly, with G summed over micro-batches; one group's G is alive at a time."""
+    """R = G Q_new exactly, with G summed over micro-batches; those of one block are alive together."""
     model, plain = Tiny(), Tiny()
     opt = attach(model, "galore_sgd", lr=1e-2, scale=1.0, rank=4, refresh_every=50, accum_steps=3)
     most = 0
@@ -770,16 +770,18 @@ def test_refresh_step_invariant_49(monkeypatch):
     plain.load_state_dict(model.state_dict())
     second = batches(2)[1]
     due_now = [b for b in opt.bases if b.due]
-    assert len(due_now) == 1
+    assert len(due_now) == 4 and len({b.turn for b in due_now}) == 1
     (summed_loss(plain, second) / 60).backward()
     old = {u.name: u.param.detach().clone() for u in opt.units}
-    old_q = due_now[0].q.clone()
+    old_q = [b.q.clone() for b in due_now]
     train(model, opt, [second], micro=3)
-    assert most == len(due_now[0].units) == 3
-    for u in due_now[0].units:
-        g, q = dict(plain.named_parameters())[u.name].grad, due_now[0].q
-        assert not torch.allclose(q, old_q)
-        torch.testing.assert_close(u.param.data, old[u.name] - 1e-2 * g @ q @ q.T, rtol=1e-12, atol=1e-14)
+    assert most == sum(len(b.units) for b in due_now) == 7
+    for b, before in zip(due_now, old_q, strict=True):
+        assert not torch.allclose(b.q, before)
+        for u in b.units:
+            g = dict(plain.named_parameters())[u.name].grad
+            after = old[u.name] - 1e-2 * g @ b.q @ b.q.T
+            torch.testing.assert_close(u.param.data, after, rtol=1e-12, atol=1e-14)
 
 
 def test_overlap_and_energy_are_what_they_say():
@@ -807,7 +809,7 @@ def test_a_zero_or_non_finite_gradient_keeps_the_basis(bad):
     model = Tiny()
     opt = attach(model, "galore", lr=1e-2, rank=4, refresh_every=50)
     train(model, opt, batches(1))
-    (b,) = [b for b in opt.bases if b.due]
+    b = next(b for b in opt.bases if b.due)
     q, w = b.q.clone(), [u.param.detach().clone() for u in b.units]
     t = float(opt.scalars.t[b.units[0].index])
     loss = summed_loss(model, batches(2)[1]) / 60

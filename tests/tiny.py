@@ -222,7 +222,7 @@ class Oracle:
     def step(self):
         e, n = self.engine, self.step_number
         for b in e.bases:
-            if due(b.index, len(e.bases), n, e.every, 0, e.cfg.refresh == "together"):
+            if due(b.turn, e.turns, n, e.every, 0, e.cfg.refresh == "together"):
                 self.refresh(b)
         for u in e.units:
             w, lr = self.named[u.name], e.cfg.lr * u.scale

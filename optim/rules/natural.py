@@ -61,7 +61,7 @@ class Natural(Adam):
         wide = torch.promote_types(g.dtype, torch.float32)
         natural = self._natural(g.to(wide) * h[Column.CLIP], state, h, total)
         h = h.clone()
-        h[Column.CLIP] = 1.0
+        h[Column.CLIP].fill_(1.0)
         own = ("history", "history_scale", "gram", "slot", "filled")
         adam = {k: t for k, t in state.items() if k not in own}
         return super().step_(natural, adam, h, dtype, total)
