@@ -6,6 +6,7 @@ they are copied at once, on a stream beside it, and live as long as it: `kept` i
 
 from __future__ import annotations
 
+from functools import cache
 from typing import Any
 
 import torch
@@ -24,6 +25,12 @@ def constant(values: Any, dtype: torch.dtype, device: torch.device) -> Tensor:
     host = torch.as_tensor(values, dtype=dtype)
     if not capturing(device):
         return host.to(device, non_blocking=True)
-    with torch.cuda.stream(torch.cuda.Stream(device)):
+    with torch.cuda.stream(_beside(device)):
         kept.append(host.to(device))
     return kept[-1]
+
+
+@cache
+def _beside(device: torch.device) -> torch.cuda.Stream:
+    # torch hands out 32 streams of a priority in turn; one of high priority is never the captured one.
+    return torch.cuda.Stream(device, priority=-1)
