@@ -174,3 +174,34 @@ def test_a_dense_step_adds_the_direction_and_is_the_formula(store):
     torch.testing.assert_close(new, 0.99 * w - 0.1 * u, rtol=1e-12, atol=1e-14)
     torch.testing.assert_close(n, -0.1 * u, rtol=1e-12, atol=1e-14)
     assert all(torch.equal(a[name], b[name]) for name in a)
+
+
+@kills("kernels/check.py", "return max(far(a, b)", "return min(far(a, b)")
+@kills("kernels/check.py", "gap, y = torch.where(both, 0, x - y)", "gap, y = torch.where(both, 0, x - x)")
+@kills("kernels/check.py", "return 1 if wrong else 0", "return 0")
+@kills("kernels/check.py", "4 * tol * largest", "400 * tol * largest")
+def test_check_believes_the_kernels_and_no_others():
+    """python -m kernels.check, small and in the interpreter; then with results that are a little wrong."""
+    wrong = """
+real = c.CASES["tangent"].call
+def call(x, impl):
+    s = real(x, impl)
+    if impl == "triton":
+        x["x"][-1, -1] += 3
+    return s
+c.CASES["tangent"].call = call"""
+    env = os.environ | {"PYTHONPATH": str(ROOT), "TRITON_DEFAULT_FP_FUSION": "1", "TRITON_INTERPRET": "1"}
+    for lines, status, said in (("pass", 0, "all 14 kernels agree"), (wrong, 1, "WRONG: tangent (")):
+        script = "import sys, kernels.check as c\n" + lines + "\nsys.exit(c.main([]))"
+        done = subprocess.run([sys.executable, "-c", script], env=env, capture_output=True, text=True)
+        assert (done.returncode, done.stderr) == (status, "") and said in done.stdout, (
+            done.stdout + done.stderr
+        )
+        assert max(map(len, done.stdout.splitlines())) <= 80
+    for command in ("kernels.check", "kernels.bench adam"):
+        plain = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+        done = subprocess.run(
+            [sys.executable, "-m", *command.split()], env=plain | {"CUDA_VISIBLE_DEVICES": ""}, cwd=ROOT,
+            capture_output=True, text=True,
+        )  # fmt: skip
+        assert done.returncode == 2 and "needs an NVIDIA GPU" in done.stderr

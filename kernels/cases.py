@@ -1,0 +1,199 @@
+"""Every kernel with inputs as training has them: for check.py and bench.py."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import dispatch, reference
+from .dispatch import Impl
+from .reference import PROBE, QUANT, Column
+
+BETAS = (0.9, 0.999, 1e-8)
+STORES = {"fp32": torch.float32, "bf16": torch.bfloat16, "int8": torch.int8}
+
+
+@dataclass
+class Case:
+    """make(rows, cols, device) -> inputs, the same numbers each time; call(inputs, impl) -> results: nests of
+    tensors. bytes(inputs): moved at least, what is read and what is written."""
+
+    name: str
+    make: Callable[[int, int, torch.device], dict[str, Any]]
+    call: Callable[[dict[str, Any], Impl], Any]
+    bytes: Callable[[dict[str, Any]], int]
+
+
+def size(*tensors: Tensor) -> int:
+    return sum(t.numel() * t.element_size() for t in tensors)
+
+
+def random(device: torch.device, *shape: int, dtype: torch.dtype = torch.bfloat16, seed: int = 0) -> Tensor:
+    g = torch.Generator(device).manual_seed(seed)
+    return torch.randn(shape, generator=g, device=device).to(dtype)
+
+
+def row(device: torch.device) -> Tensor:
+    """A parameter's row of the table, in its third update."""
+    h = {Column.LR: 1e-2, Column.KEEP: 0.999, Column.CLIP: 0.7, Column.OK: 1, Column.T: 3, Column.INDEX: 0}
+    h |= {Column.FIX1: 0.271, Column.FIX2: 0.002997}
+    return torch.tensor([h[c] for c in sorted(h)], device=device, dtype=torch.float32)
+
+
+def state(device: torch.device, rows: int, cols: int, store: str, scaled: bool = False) -> dict[str, Tensor]:
+    """Moments of gradients whose columns fall off as 1 / n, which a column scale evens out."""
+    fall = 1 / torch.arange(1, cols + 1, device=device)
+    dtype, found = STORES[store], dict[str, Tensor]()
+    if scaled:
+        found["d"] = fall * 1.3
+    wide = [random(device, rows, cols, dtype=torch.float32, seed=n) * fall for n in range(2)]
+    for name, value in (("m", wide[0]), ("v", wide[1].square())):
+        if store == "int8":
+            found[name] = torch.empty(rows, cols, dtype=torch.uint8 if name == "v" else dtype, device=device)
+            found[f"{name}_scale"] = torch.empty(rows, -(-cols // QUANT), device=device)
+        else:
+            found[name] = torch.empty(rows, cols, dtype=dtype, device=device)
+        one = torch.ones((), device=device)
+        reference.save_(found, name, value, one, one, one)
+    return found
+
+
+def _adam(store: str) -> Case:
+    def make(rows: int, cols: int, device: torch.device) -> dict[str, Any]:
+        w, g = random(device, rows, cols), random(device, rows, cols, seed=1) * 1e-2
+        states = [state(device, rows, cols, store)]
+        return {"w": w, "g": g, "state": states[0], "h": row(device), "plan": dispatch.plan([w], states)}
+
+    def call(x: dict[str, Any], impl: Impl) -> Any:
+        dispatch.adam_([x["w"]], [x["g"]], [x["state"]], x["h"][None], x["plan"], *BETAS, impl=impl)
+
+    return Case(f"adam_{store}", make, call, lambda x: size(x["g"]) + 2 * size(x["w"], *x["state"].values()))
+
+
+def _direction(store: str) -> Case:
+    def make(rows: int, cols: int, device: torch.device) -> dict[str, Any]:
+        both = random(device, rows, cols + PROBE, seed=2) / torch.arange(1, cols + PROBE + 1, device=device)
+        own = state(device, rows, cols, store, scaled=store == "int8")
+        return {"g": both.bfloat16()[:, :cols], "state": own, "h": row(device)}
+
+    def call(x: dict[str, Any], impl: Impl) -> Any:
+        return dispatch.adam_direction(x["g"], x["state"], x["h"], *BETAS, torch.bfloat16, impl=impl)
+
+    return Case(f"direction_{store}", make, call, lambda x: 2 * size(x["g"]) + 2 * size(*x["state"].values()))
+
+
+def _rescale() -> Case:
+    def make(rows: int, cols: int, device: torch.device) -> dict[str, Any]:
+        return {
+            "state": state(device, rows, cols, "int8", scaled=True),
+            "d": 2 / torch.arange(1, cols + 1, device=device),
+        }
+
+    def call(x: dict[str, Any], impl: Impl) -> Any:
+        dispatch.rescale_(x["state"], ("m", "v"), x["d"], impl=impl)
+
+    return Case("rescale", make, call, lambda x: 2 * size(*x["state"].values()))
+
+
+def _squares() -> Case:
+    def make(rows: int, cols: int, device: torch.device) -> dict[str, Any]:
+        return {"x": [random(device, rows, cols + PROBE, seed=n)[:, :cols] for n in range(3)]}
+
+    def call(x: dict[str, Any], impl: Impl) -> Any:
+        return dispatch.squares(x["x"], torch.float32, impl=impl)
+
+    return Case("squares", make, call, lambda x: size(*x["x"]))
+
+
+def _probe() -> Case:
+    def make(rows: int, cols: int, device: torch.device) -> dict[str, Any]:
+        both = [random(device, rows, cols + PROBE, seed=n) for n in range(3)]
+        cross = random(device, cols, PROBE, seed=3) * 1e-2
+        return {"r": [b[:, :cols] for b in both], "z": [b[:, cols:] for b in both], "cross": [cross] * 3}
+
+    def call(x: dict[str, Any], impl: Impl) -> Any:
+        return dispatch.probe_squares(x["r"], x["z"], x["cross"], torch.float32, impl=impl)
+
+    return Case("probe_squares", make, call, lambda x: size(*x["r"], *x["z"]))
+
+
+def _cross_entropy() -> Case:
+    def make(rows: int, cols: int, device: torch.device) -> dict[str, Any]:
+        labels = torch.randint(cols, (rows,), generator=torch.Generator(device).manual_seed(0), device=device)
+        labels[::7] = -100
+        return {"logits": random(device, rows, cols) * 3, "labels": labels}
+
+    def call(x: dict[str, Any], impl: Impl) -> Any:
+        return dispatch.cross_entropy_(x["logits"], x["labels"], True, impl=impl)
+
+    return Case("cross_entropy", make, call, lambda x: 2 * size(x["logits"]))
+
+
+def _rows() -> Case:
+    def make(rows: int, cols: int, device: torch.device) -> dict[str, Any]:
+        keep, factor = (1 + 1e-3 * random(device, rows, dtype=torch.float32, seed=n) for n in (4, 5))
+        product = random(device, rows, cols, seed=1) * 1e-2
+        return {
+            "w": random(device, rows, cols),
+            "product": product,
+            "keep": keep,
+            "factor": factor,
+            "h": row(device),
+        }
+
+    def call(x: dict[str, Any], impl: Impl) -> Any:
+        dispatch.rows_(x["w"], x["product"], x["keep"], x["factor"], x["h"], impl=impl)
+
+    return Case("rows", make, call, lambda x: 2 * size(x["w"]) + size(x["product"]))
+
+
+def _tangent() -> Case:
+    def make(rows: int, cols: int, device: torch.device) -> dict[str, Any]:
+        sums, mag, n = (random(device, rows, dtype=torch.float32, seed=n) for n in (3, 4, 5))
+        x, a = random(device, rows, cols), random(device, rows, cols, seed=1)
+        return {"x": x, "a": a, "sums": sums, "mag": mag.abs() + 1, "n": n.abs() + 1}
+
+    def call(x: dict[str, Any], impl: Impl) -> Any:
+        return dispatch.tangent_(x["x"], x["a"], x["sums"], x["mag"], x["n"], 1e-6, impl=impl)
+
+    return Case("tangent", make, call, lambda x: 2 * size(x["x"]) + size(x["a"]))
+
+
+def _row_sums() -> Case:
+    def make(rows: int, cols: int, device: torch.device) -> dict[str, Any]:
+        return {"step": random(device, rows, cols), "a": random(device, rows, cols, seed=1)}
+
+    def call(x: dict[str, Any], impl: Impl) -> Any:
+        return dispatch.row_sums(x["step"], x["a"], torch.float32, impl=impl)
+
+    return Case("row_sums", make, call, lambda x: size(x["step"], x["a"]))
+
+
+def _magnitude() -> Case:
+    def make(rows: int, cols: int, device: torch.device) -> dict[str, Any]:
+        names = ("mag", "n", "mag_m", "mag_v")
+        own = {k: random(device, rows, dtype=torch.float32, seed=n).abs() + 1 for n, k in enumerate(names)}
+        own |= {k: own[k][None] for k in ("mag_m", "mag_v")}
+        s, sums = (
+            random(device, rows, dtype=torch.float32),
+            random(device, 2, rows, dtype=torch.float32).abs(),
+        )
+        return {"state": own, "s": s, "sums": sums, "h": row(device)}
+
+    def call(x: dict[str, Any], impl: Impl) -> Any:
+        return dispatch.magnitude_(x["state"], x["s"], x["sums"], x["h"], 0.5, *BETAS, 1e-6, impl=impl)
+
+    return Case("magnitude", make, call, lambda x: 12 * size(x["s"]))
+
+
+CASES = {
+    c.name: c
+    for c in (
+        *map(_adam, STORES), *map(_direction, STORES), _rescale(), _squares(), _probe(), _cross_entropy(),
+        _rows(), _tangent(), _row_sums(), _magnitude(),
+    )
+}  # fmt: skip
