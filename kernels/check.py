@@ -56,10 +56,8 @@ def far(a: Tensor, b: Tensor) -> float:
     gap, y = torch.where(both, 0, x - y), torch.where(both, 0, y)
     if not bool(torch.isfinite(gap).all()):
         return float("inf")
-    norm, largest = float(y.norm()), float(y.abs().max())
-    return max(
-        float(gap.norm()) / tol / max(norm, 1e-30), float(gap.abs().max()) / (4 * tol) / max(largest, 1e-30)
-    )
+    norm, largest = (max(float(t), 1e-30) for t in (y.norm(), y.abs().max()))
+    return max(float(gap.norm()) / (tol * norm), float(gap.abs().max()) / (4 * tol * largest))
 
 
 def apart(case: Case, shape: tuple[int, int], device: torch.device) -> float:
