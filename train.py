@@ -115,8 +115,8 @@ class Run:
         self.batch = [torch.empty(shape, dtype=torch.int64, device=comm.device) for _ in "xy"]
         self.valid = torch.zeros((), device=comm.device)
         passes = cfg.accumulation(comm.world) * cfg.model.num_hidden_layers
-        alone = cuda and comm.group is None and passes <= graph.MOST
-        self.runner = graph.Steps(self.opt, alone and cfg.graph == "auto")
+        alone = cuda and comm.group is None
+        self.runner = graph.Steps(self.opt, alone and cfg.graph == "auto", passes)
         self.loader = self.dataset.loader(rows, comm.rank, comm.world, state=self.position, pin=cuda)
         self.trace = Trace(folder if cfg.profile and comm.rank == 0 else None, self.start, self.steps)
         if comm.rank == 0:

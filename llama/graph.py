@@ -2,10 +2,11 @@
 
 A step of separate launches keeps the host busy for some 15 microseconds each, thousands a step; a graph's
 launches cost nothing. What a replay reads stands at fixed addresses: the batch, the number of its targets, lr
-and decay, and everything that the optimizer keeps. Steps in which bases are replaced run outside, with their
-activations in the graph's memory, which is idle between replays.
+and decay, and everything that the optimizer keeps.
 
-A graph ends where the optimizer replaces tensors (Engine.version); the next ordinary step captures another.
+A step in which the bases of a block are replaced is a graph of its own, up to the gradients that they are
+found from; a large model takes those steps outside. All lie in one memory, which is idle between replays.
+Graphs end where the optimizer replaces tensors (Engine.version); the next steps capture others.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -22,46 +24,64 @@ from optim import Engine, kernels
 
 log = logging.getLogger("subspan")
 EAGER = 2  # steps before a capture: they compile the model, and make what lasts
-MOST = 512  # blocks times micro-batches: beyond it capturing takes longer than it saves, and memory
+MOST = 600  # blocks times micro-batches in all graphs: 10 kB and, once, 50 microseconds a launch in it
+
+
+@dataclass
+class Graph:
+    graph: torch.cuda.CUDAGraph
+    written: dict[str, Tensor]  # by a replay: loss and statistics
+    held: Any = field(default_factory=dict)  # Engine.held after it
+    kept: list[Tensor] = field(default_factory=list)  # that it reads, and nobody else holds
 
 
 class Steps:
     """Runs steps, as a graph where that is `wanted` and possible, else one operation after the other."""
 
-    def __init__(self, opt: Engine, wanted: bool) -> None:
-        self.opt, self.wanted = opt, wanted
-        self.graph: torch.cuda.CUDAGraph | None = None
-        self.version = 0  # of the optimizer that the graph belongs to
-        self.written: dict[str, Tensor] = {}  # by the graph: loss and statistics
-        self.kept: list[Tensor] = []  # that it reads, and nobody else holds
+    def __init__(self, opt: Engine, wanted: bool, passes: int = 1) -> None:
+        """passes: through blocks in a step."""
+        self.opt, self.wanted = opt, wanted and passes <= MOST
+        self.refreshes = passes * (1 + opt.turns) <= MOST  # whether their steps are captured too
+        self.graphs: dict[int, Graph] = {}  # by Engine.kind
+        self.version = 0  # of the optimizer that they belong to
+        self.static: list[Tensor] = []  # where they leave whole gradients
         self.pool: Any = None
 
     def run(self, work: Callable[[], Tensor]) -> dict[str, Tensor | float]:
         """One step: work() goes forward and backward through every micro-batch and returns the loss.
 
         Returns loss and statistics: numbers, and device scalars that no later step overwrites."""
-        if self.graph is not None and self.version != self.opt.version:
+        opt = self.opt
+        if self.version != opt.version:
             self.drop()
-        if not self.wanted or self.opt.updates < EAGER or not self.opt.ordinary:
+        kind = opt.kind
+        if not self.wanted or opt.updates < EAGER or kind is None or kind >= 0 and not self.refreshes:
             return self._outside(work)
-        if self.graph is None and not self._capture(work):
+        fresh = kind not in self.graphs
+        if fresh and not self._capture(kind, work):
             return self._outside(work)
-        assert self.graph is not None
-        self.opt.load_rates()
-        self.graph.replay()
-        values = {k: v.clone() for k, v in self.written.items()}
-        loss, self.opt.stats = values.pop("loss"), {**values}
+        graph = self.graphs[kind]
+        opt.load_rates()
+        graph.graph.replay()
+        loss = graph.written["loss"].clone()
+        if kind >= 0:
+            if not fresh:
+                opt.held = graph.held
+            opt.conclude()
+        else:
+            opt.stats = {k: v.clone() for k, v in graph.written.items() if k != "loss"}
         return self._end(loss)
 
     def drop(self) -> None:
-        """Gives the graph and its memory back."""
-        self.graph, self.written, self.kept, self.pool = None, {}, [], None
+        """Gives the graphs and their memory back."""
+        self.graphs, self.static, self.pool, self.version = {}, [], None, self.opt.version
 
     def _outside(self, work: Callable[[], Tensor]) -> dict[str, Tensor | float]:
         with self.memory():
             loss = work()
-        loss = loss.clone()  # out of the graph's memory
-        self.opt.finish()
+        loss = loss.clone()  # out of the graphs' memory
+        self.opt.collect()
+        self.opt.conclude()
         return self._end(loss)
 
     def _end(self, loss: Tensor) -> dict[str, Tensor | float]:
@@ -69,43 +89,63 @@ class Steps:
         self.opt.zero_grad()
         return {"loss": loss, **self.opt.stats}
 
-    def _capture(self, work: Callable[[], Tensor]) -> bool:
+    def _capture(self, kind: int, work: Callable[[], Tensor]) -> bool:
         """Nothing is computed in it, but the optimizer has counted the step: a replay must follow."""
-        graph, self.pool = torch.cuda.CUDAGraph(), torch.cuda.graph_pool_handle()
+        graph, opt = torch.cuda.CUDAGraph(), self.opt
+        self.pool = self.pool or torch.cuda.graph_pool_handle()
         kernels.kept.clear()
         try:
             # relaxed: other threads load data and write saves meanwhile
             with torch.cuda.graph(
                 graph, self.pool, torch.cuda.current_stream(), capture_error_mode="relaxed"
             ):
-                loss = work()
-                self.opt.finish()
+                written = {"loss": work()}
+                opt.collect()
+                if kind >= 0:
+                    opt.held = self._left(opt.held)
+                else:
+                    opt.conclude()
+                    written |= {k: v for k, v in opt.stats.items() if isinstance(v, Tensor)}
         except (RuntimeError, torch.OutOfMemoryError) as e:
             reason = (str(e).splitlines() or [type(e).__name__])[0]
             log.warning("steps run without a CUDA graph, which cannot be captured: %s", reason)
             self.wanted = False
-            self.opt.zero_grad()
+            opt.zero_grad()
             self.drop()
             return False
-        stats = {k: v for k, v in self.opt.stats.items() if isinstance(v, Tensor)}
-        self.graph, self.version, self.written = graph, self.opt.version, {"loss": loss, **stats}
-        self.kept = list(kernels.kept)
+        self.graphs[kind] = Graph(graph, written, dict(opt.held), list(kernels.kept))
         return True
+
+    def _left(self, held: Any) -> Any:
+        """Whole gradients where every graph leaves them: blocks are alike, and theirs are big."""
+        at, out = iter(range(len(self.static) + 2 * len(held))), {}
+
+        def leave(t: Tensor) -> Tensor:
+            n = next(at)
+            if n == len(self.static):
+                self.static.append(torch.empty_like(t))
+            elif self.static[n].shape != t.shape:
+                return t
+            return self.static[n].copy_(t)
+
+        for index, (u, g, s) in held.items():
+            out[index] = (u, leave(g), None if s is None else leave(s))
+        return out
 
     @contextmanager
     def memory(self) -> Iterator[None]:
-        """What is allocated inside lies in the graph's memory, and must not be needed after the next step."""
-        if self.graph is None:
+        """What is allocated inside lies in the graphs' memory, and must not be needed after the next step."""
+        if not self.graphs:
             yield
             return
-        device = torch.cuda.current_device()
+        device, pool = torch.cuda.current_device(), self.pool
 
         def begin() -> None:
-            torch._C._cuda_beginAllocateCurrentStreamToPool(device, self.pool)
+            torch._C._cuda_beginAllocateCurrentStreamToPool(device, pool)
 
         def end() -> None:
-            torch._C._cuda_endAllocateToPool(device, self.pool)
-            torch._C._cuda_releasePool(device, self.pool)
+            torch._C._cuda_endAllocateToPool(device, pool)
+            torch._C._cuda_releasePool(device, pool)
 
         @contextmanager
         def aside() -> Iterator[None]:  # in backward: what the optimizer makes may last

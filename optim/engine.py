@@ -35,7 +35,7 @@ from .config import OptimConfig
 from .layer import unproject
 from .measure import Landed
 from .reduce import Flight, Reduce
-from .refresh import Eager, Refresher, due
+from .refresh import Eager, Held, Refresher, due
 from .rules import Rule
 from .scalars import Scalars
 from .unit import Basis, Unit, local
@@ -326,12 +326,13 @@ class Engine(torch.optim.Optimizer):
         """Ends one update made of `accum_steps` backwards; RuntimeError after more or fewer."""
         if closure is not None:
             raise ValueError("closure: not supported; call backward accum_steps times, then step()")
-        self.finish()
+        self.collect()
+        self.conclude()
         self.advance()
 
     @torch.no_grad()
-    def finish(self) -> None:
-        """The part of step() that depends on the device alone, and can be captured in a CUDA graph."""
+    def collect(self) -> None:
+        """The part of step() that a CUDA graph can hold: all updates, but for those that wait for a basis."""
         if wrong := missing(self):
             self.zero_grad()
             raise RuntimeError(wrong)
@@ -340,6 +341,12 @@ class Engine(torch.optim.Optimizer):
             self._launch(u)
         while self._flight:
             self._land()
+        if self.in_backward:
+            self._flush()
+
+    @torch.no_grad()
+    def conclude(self) -> None:
+        """New bases, which the host waits for once, and what waited for them; statistics."""
         self._found()
         self._flush()
         assert not self.refresher.held and self._next == len(self._order)
@@ -369,9 +376,24 @@ class Engine(torch.optim.Optimizer):
         self._prepare()
 
     @property
-    def ordinary(self) -> bool:
-        """Whether the step that begins is one like any other: no basis is replaced in it."""
-        return self.updates > 0 and not self._moved and not any(b.due for b in self.bases)
+    def kind(self) -> int | None:
+        """Steps of one kind launch the same: -1, no basis is replaced in it; n, those of block n are, at its
+        end; None, any other."""
+        due = {b.turn for b in self.bases if b.due}
+        if not self.updates or self._moved or due and (not self._alone or self.adapters):
+            return None
+        return due.pop() if due else -1
+
+    @property
+    def held(self) -> Held:
+        """Between collect() and conclude(): gradients that wait for a basis."""
+        return self.refresher.held
+
+    @held.setter
+    def held(self, held: Held) -> None:
+        self.refresher.held = dict(held)
+        for b in self.bases:
+            b.arrived = len(b.units) if b.due else 0
 
     def load_rates(self) -> None:
         """lr and decay of the groups to the device: done in step(), but for one that is captured."""

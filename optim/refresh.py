@@ -26,6 +26,7 @@ from .reduce import Reduce
 from .scalars import Scalars
 from .unit import Basis, Unit
 
+Held = dict[int, tuple[Unit, Tensor, Tensor | None]]  # by unit: G, and s, wait for a basis
 FLOOR = 1e-3  # of the largest column scale
 
 
@@ -44,7 +45,7 @@ class Refresher:
 
     def __init__(self, finder: str, transport: str, seed: int, reduce: Reduce) -> None:
         self.finder, self.transport, self.seed, self.reduce = finder, transport, seed, reduce
-        self.held: dict[int, tuple[Unit, Tensor, Tensor | None]] = {}  # by unit: G waits for a basis
+        self.held: Held = {}
         self.overlaps: list[Tensor] = []
         self.kept = 0  # bases not replaced for a gradient that is zero or not finite, ever
         self.fallbacks = 0  # found by Householder QR after a failed factorisation, ever
