@@ -31,7 +31,7 @@ import optim
 from configs.cli import answer, parse
 from configs.resume import differences, may_change, way_out
 from configs.schema import Config, ConfigError, to_yaml
-from llama import checkpoint, graph, lr_range, metrics, pretrained, spike
+from llama import checkpoint, lr_range, metrics, pretrained, spike
 from llama.card import peak_flops
 from llama.config import flops_per_token, num_params
 from llama.eval import evaluate
@@ -68,7 +68,7 @@ class Run:
         self.steps, self.lr = cfg.steps, cfg.optim.lr
         cuda = comm.device.type == "cuda"
         if cuda:
-            graph.use_own_stream()
+            optim.use_own_stream()
         self.dtype = (
             torch.bfloat16 if (cfg.weights or ("bf16" if cuda else "fp32")) == "bf16" else torch.float32
         )
@@ -116,7 +116,7 @@ class Run:
         self.valid = torch.zeros((), device=comm.device)
         passes = cfg.accumulation(comm.world) * cfg.model.num_hidden_layers
         alone = cuda and comm.group is None
-        self.runner = graph.Steps(self.opt, alone and cfg.graph == "auto", passes)
+        self.runner = optim.Steps(self.opt, alone and cfg.graph == "auto", passes)
         self.loader = self.dataset.loader(rows, comm.rank, comm.world, state=self.position, pin=cuda)
         self.trace = Trace(folder if cfg.profile and comm.rank == 0 else None, self.start, self.steps)
         if comm.rank == 0:

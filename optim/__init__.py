@@ -13,7 +13,7 @@ else:
 
 from .attach import attach
 from .comm import Comm, Elsewhere, launcher
-from .engine import Engine
+from .graph import Steps, use_own_stream
 from .schedule import factor
 
-__all__ = ["Comm", "Elsewhere", "Engine", "attach", "factor", "kernels", "launcher"]
+__all__ = ["Comm", "Elsewhere", "Steps", "attach", "factor", "kernels", "launcher", "use_own_stream"]

@@ -369,10 +369,7 @@ class Engine(torch.optim.Optimizer):
         self.updates += 1
         for a in self.adapters:
             a.merge(self.updates, self.scalars)
-        if self.updates % magnitude.READ == 0:
-            for u in self.units:
-                if u.mag:
-                    magnitude.resume(u, local(u.param))
+        magnitude.read_back(self.units, self.updates)
         self._prepare()
 
     @property

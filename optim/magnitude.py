@@ -26,7 +26,7 @@ import torch
 from torch import Tensor
 
 from . import kernels
-from .unit import Unit
+from .unit import Unit, local
 
 LEAST = 1e-8  # of |mag| over the root of in_features: what is divided by
 ROWS = 1024  # of G are cast at a time
@@ -56,6 +56,13 @@ def resume(u: Unit, w: Tensor) -> None:
     norms = torch.linalg.vector_norm(w, dim=1, dtype=u.state["mag"].dtype)
     u.state["mag"].copy_(torch.where(u.state["mag"] < 0, -norms, norms))
     _refactor(u)
+
+
+def read_back(units: list[Unit], updates: int) -> None:
+    """`resume` for all, every READ updates."""
+    if updates % READ == 0:
+        for u in (u for u in units if u.mag):
+            resume(u, local(u.param))
 
 
 def restart(u: Unit) -> None:

@@ -6,10 +6,10 @@ import pytest
 import torch
 import torch._dynamo
 
-from llama import graph, spike
+from llama import spike
 from llama.config import ModelConfig
 from llama.model import build_model, compile_blocks
-from optim import attach
+from optim import Steps, attach, use_own_stream
 from optim.methods import METHODS
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
@@ -34,7 +34,7 @@ class Training:
 
     def __init__(self, method, wanted, compiled=False, **settings):
         torch._dynamo.reset()
-        graph.use_own_stream()
+        use_own_stream()
         self.model = build_model(CFG, "cuda", torch.bfloat16, 0)
         self.model.checkpoint_blocks(0.34)
         if hasattr(METHODS[method].config, "rank"):
@@ -44,7 +44,7 @@ class Training:
         self.opt.warmup_steps = 3
         if compiled:
             compile_blocks(self.model)
-        self.runner = graph.Steps(self.opt, wanted)
+        self.runner = Steps(self.opt, wanted)
         self.skip = spike.Skip({}, torch.device("cuda"))
         self.tokens = torch.zeros(ROWS, LENGTH + 1, dtype=torch.int64, device="cuda")
         self.random = torch.Generator("cuda").manual_seed(0)

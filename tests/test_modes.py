@@ -78,6 +78,7 @@ def test_save_minutes(command, tmp_path, monkeypatch):
 
     def step(self, step, batch, valid):
         real(self, step, batch, valid)
+        self.saver.poll(wait=True)
         clock[0] += 25
 
     save = train.Run.save

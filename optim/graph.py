@@ -20,7 +20,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from optim import Engine, kernels
+from . import kernels
+from .engine import Engine
 
 log = logging.getLogger("subspan")
 EAGER = 2  # steps before a capture: they compile the model, and make what lasts
