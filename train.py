@@ -537,7 +537,7 @@ def attempt(argv: list[str]) -> int:
         if cfg.model.init_from:
             with named(cfg):
                 shapes = pretrained.load_config(cfg.model.init_from)
-            cfg.model = replace(shapes, init_from=cfg.model.init_from)
+            cfg.model = replace(shapes, init_from=cfg.model.init_from, pad=cfg.model.pad)
         cfg = cfg.resolved()
         comm = Comm.from_env()
         if comm.rank:

@@ -18,6 +18,7 @@ MAY_CHANGE = (
     "compile",
     "graph",
     "micro_batch",
+    "model.pad",
     "run.",
     "data.workers",
     "data.cache",  # and cache_gib

@@ -4,6 +4,9 @@
     x = x + down(silu(gate(n2)) * up(n2))                      n2 likewise, after the first line
 
 No biases, no dropout, no buffers: the state is the parameters, and every projection is a plain nn.Linear.
+With cfg.pad the hidden side of an MLP is stored as a multiple of PAD: rows of zeros in gate and up give zeros
+that meet columns of zeros in down, so neither has a gradient. out_features, in_features and a state_dict are
+those without padding.
 Norms and rotations are computed in fp32 whatever the activations are, in float64 for a float64 model.
 
 B batch, T tokens, D width, H heads, d head dimension, V vocabulary.
@@ -14,7 +17,9 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from types import MethodType
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -36,6 +41,7 @@ __all__ = [
 ]
 
 INIT_STD = 0.02
+PAD = 64  # 128 bytes in bf16: what NVIDIA's guide to matrix products asks of sides from the A100 on
 
 
 class RMSNorm(nn.Module):
@@ -96,9 +102,35 @@ class MLP(nn.Module):
         self.gate_proj = nn.Linear(cfg.hidden_size, cfg.intermediate_size, bias=False)
         self.up_proj = nn.Linear(cfg.hidden_size, cfg.intermediate_size, bias=False)
         self.down_proj = nn.Linear(cfg.intermediate_size, cfg.hidden_size, bias=False)
+        if cfg.pad and (more := -cfg.intermediate_size % PAD):
+            rows, columns = (0, 0, 0, more), (0, more)
+            for layer, pad in ((self.gate_proj, rows), (self.up_proj, rows), (self.down_proj, columns)):
+                layer.weight = nn.Parameter(F.pad(layer.weight.detach(), pad))
+            self.register_state_dict_post_hook(_without_padding)
+            self.register_load_state_dict_pre_hook(_with_padding)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+
+
+def logical(layer: nn.Linear, weight: Tensor) -> Tensor:
+    """The layer's weight without padding, a view."""
+    return weight[: layer.out_features, : layer.in_features]
+
+
+def _without_padding(mlp: Any, state: dict[str, Any], prefix: str, *_: Any) -> None:
+    for name, layer in mlp.named_children():
+        key = f"{prefix}{name}.weight"
+        state[key] = logical(layer, state[key])
+
+
+def _with_padding(mlp: Any, state: dict[str, Any], prefix: str, *_: Any) -> None:
+    for name, layer in mlp.named_children():
+        key = f"{prefix}{name}.weight"
+        if key in state and state[key].shape == (layer.out_features, layer.in_features):
+            rows, columns = layer.weight.shape
+            more = (0, columns - layer.in_features, 0, rows - layer.out_features)
+            state[key] = F.pad(state[key], more)
 
 
 class Block(nn.Module):
@@ -170,28 +202,45 @@ class Llama(nn.Module):
         in backward: the same gradients for less memory and up to a third more operations."""
         self.model.checkpointed = round(share * len(self.model.layers))
 
+    def weights(self) -> dict[str, Tensor]:
+        """The parameters by name, without padding; writing to one writes to the model."""
+        found = {name: p.detach() for name, p in self.named_parameters()}
+        for path, module in self.named_modules():
+            if isinstance(module, nn.Linear):
+                found[f"{path}.weight"] = logical(module, found[f"{path}.weight"])
+        return found
+
     @torch.no_grad()
     def init_weights(self, seed: int) -> None:
         """Linears and embedding ~ N(0, 0.02^2), gains 1, in place; overwrites whatever is there.
 
         Each parameter has its own generator, seeded by (seed, name), on its own device: the result does not
         depend on the order of the parameters or on what was drawn before. Drawn in fp32 and then rounded, so
-        a bf16 model starts from the rounded weights of the fp32 one. CPU and CUDA draw different numbers.
+        a bf16 model starts from the rounded weights of the fp32 one, and a padded one from those of the
+        unpadded. CPU and CUDA draw different numbers.
         """
-        for name, p in self.named_parameters():
+        for name, p in self.weights().items():
             if p.ndim == 1:
                 p.fill_(1.0)
                 continue
             digest = hashlib.sha256(f"{seed} {name}".encode()).digest()
             generator = torch.Generator(p.device).manual_seed(int.from_bytes(digest[:7], "little"))
-            p.copy_(torch.empty_like(p, dtype=torch.float32).normal_(0.0, INIT_STD, generator=generator))
+            drawn = torch.empty(p.shape, dtype=torch.float32, device=p.device)
+            p.copy_(drawn.normal_(0.0, INIT_STD, generator=generator))
 
 
 def empty_model(cfg: ModelConfig, device: torch.device | str, dtype: torch.dtype) -> Llama:
-    """A model whose weights are whatever memory held: for init_weights or load_weights to fill."""
+    """A model whose weights are whatever memory held, with zeros as padding: for init_weights or load_weights
+    to fill."""
+    if cfg.pad is None:
+        cfg = replace(cfg, pad=torch.device(device).type == "cuda")
     with torch.device("meta"):
         model = Llama(cfg).to(dtype)
-    return model.to_empty(device=device)
+    model.to_empty(device=device)
+    for module in model.modules():
+        if isinstance(module, nn.Linear) and module.weight.shape != logical(module, module.weight).shape:
+            nn.init.zeros_(module.weight)
+    return model
 
 
 def build_model(cfg: ModelConfig, device: torch.device | str, dtype: torch.dtype, seed: int) -> Llama:

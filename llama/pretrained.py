@@ -197,7 +197,7 @@ def misfit(save: Path) -> str:
             "num_key_value_heads": cfg.kv_heads,
             "seq_len": seq_len(save),
         }.items():
-            if key != "init_from" and trained.get(key) not in (value, None):
+            if key not in ("init_from", "pad") and trained.get(key) not in (value, None):
                 return f"config.json says {key}={value!r}, state.json {trained[key]!r}"
         wanted = {n: tuple(p.shape) for n, p in empty_model(cfg, "meta", torch.float32).named_parameters()}
         stored = stored_tensors([save / "model.safetensors"])
@@ -244,7 +244,7 @@ def load_weights(model: Llama, folder: str | Path) -> None:
     are skipped: rotary inv_freq tables, and an lm_head equal to tied embeddings.
     """
     folder = Path(folder)
-    wanted = dict(model.named_parameters())
+    wanted = model.weights()
     stored = stored_tensors(weight_files(folder))
     extra = {n for n in stored if n not in wanted and not n.endswith("rotary_emb.inv_freq")}
     head, embedding = "lm_head.weight", "model.embed_tokens.weight"

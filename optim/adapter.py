@@ -129,6 +129,7 @@ class Adapter:
     """Of one weight: its factors, its units, and when they begin anew."""
 
     name: str  # of the weight
+    size: tuple[int, ...]  # (out, in) of the weight without padding
     r: int
     turn: int  # of
     turns: int
@@ -167,16 +168,20 @@ class Adapter:
         self.draw_()
         if self.how.normalize:
             rows = torch.ones(w.shape[0], device=w.device, dtype=moments.wide(w.dtype))
-            self.mag = rows.clone().requires_grad_()
+            self.mag = rows.clone()
+            self.mag[self.size[0] :] = 0
+            self.mag.requires_grad_()
             self.squares, self.n, self.factor = rows.clone(), rows.clone(), rows
 
     @torch.no_grad()
     def draw_(self) -> None:
         if not self.j.is_meta:
-            bound = self.j.shape[1] ** -0.5
+            width = self.size[1]
+            bound = width**-0.5
             g = torch.Generator(self.j.device)
             g.manual_seed(subspace.mix(self.seed, self.turn, self.merges, 3))
-            self.j.uniform_(-bound, bound, generator=g)
+            drawn = self.j.new_empty(self.r, width).uniform_(-bound, bound, generator=g)
+            self.j[:, :width].copy_(drawn)
             self.how.reduce.from_owner_(self.j.data, self.turn)  # cards draw differently
 
     @torch.no_grad()
@@ -232,8 +237,8 @@ class Adapter:
         self.weigh()
         assert self.squares is not None
         magnitude.refuse_zeros(self.squares, self.name)
-        for t in (self.n, self.mag):
-            t.copy_(self.squares.sqrt())
+        self.n.copy_(self.squares.sqrt())
+        self.mag[: self.size[0]].copy_(self.n[: self.size[0]])
         self.factor.fill_(1)
 
     @torch.no_grad()
@@ -243,6 +248,7 @@ class Adapter:
             w, _ = self._rows()
             norms = torch.linalg.vector_norm(w, dim=1, dtype=self.squares.dtype)
             self.squares.copy_(self.how.reduce.gather_rows(self.weight, norms.square()[:, None])[:, 0])
+            self.squares[self.size[0] :] = 1  # a divisor, of magnitudes that are zero
 
     @torch.no_grad()
     def settle(self) -> None:
@@ -280,7 +286,8 @@ class Adapter:
         return update >= every and update % every == first
 
     def land(self, u: Unit, g: Tensor) -> list[tuple[Unit, Tensor]]:
-        """Keeps a reduced sum over tokens; with the last, every unit and its gradient."""
+        """Keeps a reduced sum over tokens; with the last, every unit and its gradient, without rows of
+        padding."""
         self._landed[u.leaf_name] = g
         if len(self._landed) < len(self.units):
             return []
@@ -288,7 +295,7 @@ class Adapter:
         zero = torch.stack([g.sum() for g in sums.values()]).sum() * 0  # nan if anything is not finite
         z, h = sums["i"] + zero, sums["j"] + zero
         if self.mag is None or self.n is None:
-            return list(zip(self.units, (z, h), strict=True))
+            return self._handed_out(z, h)
         wide, mag = self.n.dtype, kernels.divisor(self.mag.detach(), magnitude.least(self.j))
         s = sums["mag"] / mag + zero
         if not self.how.detach_norm:
@@ -299,7 +306,10 @@ class Adapter:
             back = self._wide(left[at].t().to(w.dtype), w)
             back = self.how.reduce.sum_parts(self.weight, back)
             h = (h.to(wide) - back - (left.t() @ self.i.to(wide)) @ self.j.to(wide)).to(h.dtype)
-        return list(zip(self.units, (z, h, s), strict=True))
+        return self._handed_out(z, h, s)
+
+    def _handed_out(self, *grads: Tensor) -> list[tuple[Unit, Tensor]]:
+        return [(u, g[: u.size[0]]) for u, g in zip(self.units, grads, strict=True)]
 
     @torch.no_grad()
     def merge(self, update: int, scalars: Scalars) -> None:
@@ -333,9 +343,10 @@ class Adapter:
     # ---- saving
 
     def saved(self) -> dict[str, Tensor]:
-        """What is not in its units: the raw tensors, where state_dict() of the model has W."""
-        held = {"w0": local(self.weight), "i": self.i, "j": self.j}
-        held |= {} if self.mag is None else {"mag": self.mag}
+        """What is not in its units: the raw tensors, where state_dict() of the model has W. No padding."""
+        out, width = self.size
+        held = {"w0": local(self.weight)[:out, :width], "i": self.i[:out], "j": self.j[:, :width]}
+        held |= {} if self.mag is None else {"mag": self.mag[:out]}
         numbers = {"since": self.since, "merges": self.merges, "begun": int(self.begun)}
         return {
             **{k: t.detach() for k, t in held.items()},

@@ -5,6 +5,7 @@ Projected methods give each matrix a basis by cfg.side; weights with one input s
 
 from __future__ import annotations
 
+import math
 import re
 from collections import defaultdict
 
@@ -35,7 +36,7 @@ def survey(
     matrices = [u for u in units if u.role == "matrix"]
     if not matrices:
         raise ValueError(f"model: {cfg.name} projects weights of nn.Linear in blocks, and there are none")
-    rank = cfg.rank or default_rank(sum(u.param.numel() for u in matrices), matrices[0].param.shape[1])
+    rank = cfg.rank or default_rank(sum(math.prod(u.size) for u in matrices), matrices[0].size[1])
     return users, matrices, rank
 
 
@@ -52,8 +53,8 @@ def give_adapters(
     for u in matrices:
         if not users[id(u.param)]:
             u.why = f"a subclass of nn.Linear, {type(u.owner).__name__}"
-        elif rank >= min(u.param.shape):
-            u.why = f"width {min(u.param.shape)}"
+        elif rank >= min(u.size):
+            u.why = f"width {min(u.size)}"
     chosen = [u for u in matrices if not u.why]
     if not chosen:
         raise ValueError(f"rank={rank}: no matrix is wider, nothing would be trained in factors; choose less")
@@ -67,17 +68,18 @@ def give_adapters(
             every_unit.append(u)
             continue
         layers = [adapt(layer) for layer in users[id(u.param)]]
-        a = Adapter(u.name, rank, chosen.index(u), len(chosen), seed, how, layers)
+        a = Adapter(u.name, u.size, rank, chosen.index(u), len(chosen), seed, how, layers)
         a.make()
         for layer in layers:
             layer.adapter = a
         decay = 0.0 if cfg.normalize else u.decay  # of W: on the magnitude, which is its scale
-        for name in ("i", "j"):
+        for name, size in (("i", (u.size[0], rank)), ("j", (rank, u.size[1]))):
             a.units.append(
                 Unit(
                     f"{u.name} {name.upper()}",
                     a,
                     name,
+                    size,
                     "factor",
                     u.rule,
                     u.scale,
@@ -89,13 +91,14 @@ def give_adapters(
             )
             for side, dim in (("input", 1), ("output", 0)) if cfg.project else ():
                 x = a.units[-1]
-                b = Basis(f"{side} {x.name}", len(bases), side, x.param.shape[dim], core, 0, [x])
+                b = Basis(f"{side} {x.name}", len(bases), side, size[dim], core, 0, [x])
                 bases.append(b)
                 x.q, x.p = (b, x.p) if side == "input" else (x.q, b)
         if cfg.normalize:
             mag = Unit(
-                f"{u.name} mag", a, "mag", "magnitude", adam(cfg), cfg.mag_scale, u.decay, "fp32", adapter=a
-            )
+                f"{u.name} mag", a, "mag", u.size[:1], "magnitude", adam(cfg), cfg.mag_scale, u.decay, "fp32",
+                adapter=a,
+            )  # fmt: skip
             a.units.append(mag)
         every_unit += a.units
     return every_unit, bases
@@ -107,7 +110,7 @@ def give_bases(model: nn.Module, units: list[Unit], cfg: ProjectedConfig) -> lis
     families: dict[tuple[str, ...], list[Unit]] = {}
     for u in matrices:
         side = side_of(u, cfg.side)
-        width = min(u.param.shape) if side == "both" else u.param.shape[side == "input"]
+        width = min(u.size) if side == "both" else u.size[side == "input"]
         if not users[id(u.param)]:
             u.why = f"a subclass of nn.Linear, {type(u.owner).__name__}"
         elif rank >= width:
@@ -122,7 +125,7 @@ def give_bases(model: nn.Module, units: list[Unit], cfg: ProjectedConfig) -> lis
 
     def basis(side: str, members: list[Unit], k: int) -> Basis:
         dim = 1 if side == "input" else 0
-        n, across = members[0].param.shape[dim], sum(u.param.shape[1 - dim] for u in members)
+        n, across = members[0].size[dim], sum(u.size[1 - dim] for u in members)
         b = Basis(f"{side} {members[0].name}", len(bases), side, n, min(rank, n, across), k, members)
         b.turn = turns.setdefault(block_of(members[0].name), len(turns))
         bases.append(b)
@@ -152,7 +155,7 @@ def give_bases(model: nn.Module, units: list[Unit], cfg: ProjectedConfig) -> lis
 
 def side_of(u: Unit, side: str) -> str:
     """paper projects the shorter side of a matrix, long the longer; square ones as published code does."""
-    out, width = u.param.shape
+    out, width = u.size
     return {
         "paper": "input" if out >= width else "output",
         "long": "output" if out >= width else "input",
@@ -171,5 +174,5 @@ def family_of(u: Unit) -> str:
     parent, _, name = path.rpartition(".")
     for n, pattern in enumerate(SHARED):
         if re.fullmatch(pattern, name):
-            return f"{parent}.{n} {u.param.shape[1]}"
+            return f"{parent}.{n} {u.size[1]}"
     return u.name

@@ -12,6 +12,7 @@ Every trainable parameter is owned once, in the model's order; the first line th
 
 from __future__ import annotations
 
+import math
 import re
 import warnings
 
@@ -57,6 +58,7 @@ def attach(
     reduce      "sum" or "mean" over the group; must be given with one
     overrides   the optim.* keys (lr, scale, rank, ...); unknown keys and bad values raise ValueError
 
+    A weight larger than its layer's out_features and in_features is padded: zero beyond them, and kept so.
     Projected weights lose requires_grad and their .grad until opt.detach(); state_dict(), parameters() and
     saved files stay those of the plain model. The bases' random numbers come from torch.initial_seed().
     """
@@ -84,7 +86,7 @@ def attach(
         warnings.warn("group: none given among several ranks, so nothing is reduced", stacklevel=2)
     sum_shards(model, mean=reduce == "mean")
     units = own(model, cfg, METHODS[method])
-    numbers, first = sum(u.param.numel() for u in units), local(units[0].param)
+    numbers, first = sum(math.prod(u.size) for u in units), local(units[0].param)
     comm = Reduce(group, reduce == "mean")
     seed = torch.tensor([torch.initial_seed() % 2**63], device=first.device if group else "cpu")
     comm.from_owner_(seed, 0)
@@ -164,17 +166,35 @@ def own(model: nn.Module, cfg: OptimConfig, method: Method) -> list[Unit]:
             role, scale, decay = ("matrix", cfg.scale, cfg.decay) if matrix else ("head", 1.0, cfg.decay)
         else:
             role, scale, decay = ("gain" if p.ndim < 2 else "other"), 1.0, 0.0
+        size = without_padding(name, module, p) if leaf == "weight" else tuple(p.shape)
         store = cfg.moments
         if role in ("embedding", "head") and cfg.embed_moments:
             store = cfg.embed_moments
         units.append(
-            Unit(name.replace("_orig_mod.", ""), module, leaf, role, rule if role == "matrix" else others,
-                 scale, decay, "fp32" if p.ndim < 2 and store == "int8" else store,
-                 limit=getattr(cfg, "growth_limit", 0.0))
+            Unit(name.replace("_orig_mod.", ""), module, leaf, size, role,
+                 rule if role == "matrix" else others, scale, decay,
+                 "fp32" if p.ndim < 2 and store == "int8" else store, limit=getattr(cfg, "growth_limit", 0.0))
         )  # fmt: skip
     if not units:
         raise ValueError("model: no parameter requires a gradient")
     return units
+
+
+def without_padding(name: str, module: nn.Module, p: nn.Parameter) -> tuple[int, ...]:
+    """The size that a linear layer says its weight has: what is stored beyond it has to be zero."""
+    if not isinstance(module, nn.Linear) or p.ndim != 2:
+        return tuple(p.shape)
+    size = (module.out_features, module.in_features)
+    if p.shape == size or p.shape[0] < size[0] or p.shape[1] < size[1]:
+        return tuple(p.shape)
+    if isinstance(p, DTensor):
+        raise ValueError(f"{name}: sharded and padded; build the model without padding (model.pad=false)")
+    if not p.is_meta and (p[size[0] :].any() or p[:, size[1] :].any()):
+        raise ValueError(
+            f"{name}: stored as {tuple(p.shape)} in a layer of {size}, and not zero beyond that; "
+            "set its out_features and in_features, or clear the padding"
+        )
+    return size
 
 
 def inside_block(path: str) -> bool:

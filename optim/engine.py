@@ -141,7 +141,7 @@ class Engine(torch.optim.Optimizer):
         if not self._forwards and not self.updates:
             for u in self.units:
                 if u.mag:
-                    magnitude.begin(u, local(u.param))
+                    magnitude.begin(u, u.w)
             for a in self.adapters:
                 a.begin()
         self._forwards += 1
@@ -245,7 +245,7 @@ class Engine(torch.optim.Optimizer):
         else:
             s = a = None
             if u.mag:
-                grads, s, a = magnitude.direction(u, local(u.param), grads)
+                grads, s, a = magnitude.direction(u, u.w, grads)
             r, z = u.split(grads)
             self._hold("dense" if z is None else "probed", u, r, r if z is None else z, s, a)
         if (self.in_backward or self._pass < self.passes) and self._waiting >= HELD:
@@ -256,8 +256,8 @@ class Engine(torch.optim.Optimizer):
         block are all that wait. Then the bases are found in step(), when no activations lie beside them."""
         s = None
         if u.mag:
-            magnitude.resume(u, local(u.param))
-            s = magnitude.direction_of_(u, local(u.param), g)
+            magnitude.resume(u, u.w)
+            s = magnitude.direction_of_(u, u.w, g)
         self.refresher.arrive(u, g, s)
         if u.adapter or not self._alone:
             self._found()
@@ -265,7 +265,7 @@ class Engine(torch.optim.Optimizer):
     def _found(self) -> None:
         """New bases where all gradients are there, and R from them."""
         for u, g, s in self.refresher.ready(self.scalars):
-            a = local(u.param) @ u.q.q.to(g.dtype) if s is not None and u.q else None
+            a = u.w @ u.q.q.to(g.dtype) if s is not None and u.q else None
             self._hold("whole", u, u.coordinates(g), g, s, a)
 
     def _hold(self, kind: str, u: Unit, r: Tensor, rest: Tensor, s: Tensor | None, a: Tensor | None) -> None:
@@ -298,7 +298,7 @@ class Engine(torch.optim.Optimizer):
             if not u.projected:
                 dense.setdefault(u.rule, []).append((u, r))
                 continue
-            h, w = self.scalars.table[u.index], local(u.param)
+            h, w = self.scalars.table[u.index], u.w
             n = u.rule.step_(r, u.state, h, w.dtype, partial(self.reduce.sum_parts, u.param))
             n = growth.limit_(u, n, h, self.reduce) if u.limit else n
             if x.s is not None:
@@ -307,7 +307,7 @@ class Engine(torch.optim.Optimizer):
             u.lift_(n, torch.where(h[Column.OK] > 0, h[Column.KEEP], 1.0) if u.decay else None)
         for rule, some in dense.items():
             units = [u for u, _ in some]
-            ws, states = [local(u.param) for u in units], [u.state for u in units]
+            ws, states = [u.w for u in units], [u.state for u in units]
             key = tuple(u.index for u in units)
             if key not in self._plans:
                 self._plans[key] = kernels.plan(ws, states)

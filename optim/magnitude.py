@@ -26,7 +26,7 @@ import torch
 from torch import Tensor
 
 from . import kernels
-from .unit import Unit, local
+from .unit import Unit
 
 LEAST = 1e-8  # of |mag| over the root of in_features: what is divided by
 ROWS = 1024  # of G are cast at a time
@@ -62,7 +62,7 @@ def read_back(units: list[Unit], updates: int) -> None:
     """`resume` for all, every READ updates."""
     if updates % READ == 0:
         for u in (u for u in units if u.mag):
-            resume(u, local(u.param))
+            resume(u, u.w)
 
 
 def restart(u: Unit) -> None:
@@ -77,7 +77,7 @@ def least(w: Tensor) -> float:
 
 def _refactor(u: Unit) -> None:
     if "factor" in u.state:
-        u.state["factor"].copy_(u.state["mag"] / u.state["n"])
+        u.state["factor"][: len(u.state["n"])].copy_(u.state["mag"] / u.state["n"])
 
 
 def direction(u: Unit, w: Tensor, grads: list[Tensor]) -> tuple[list[Tensor], Tensor, Tensor | None]:
@@ -86,7 +86,7 @@ def direction(u: Unit, w: Tensor, grads: list[Tensor]) -> tuple[list[Tensor], Te
     mag, n = u.state["mag"], u.state["n"]
     if u.p is not None:
         s = sums[:, 0] / kernels.divisor(mag, least(w))
-        left = (u.p.qs.to(mag.dtype) * (s / n)[:, None]).to(w.dtype)
+        left = (u.p.own.to(mag.dtype) * (s / n)[:, None]).to(w.dtype)
         return [both - (left.t() @ w).to(both.dtype)], s, None
     assert u.q is not None
     a = w @ u.q.qs.to(w.dtype)

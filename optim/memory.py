@@ -56,8 +56,8 @@ def entries(e: Engine) -> list[Entry]:
         add("weights", w.numel(), w.dtype)
         add("row norms and factors", 3 * len(a.weight) if a.how.normalize else 0, wide)
     for b in e.bases:
-        add("bases", b.n * b.r, b.qs.dtype)
-        add("probe S", b.n * b.k, b.qs.dtype)
+        add("bases", len(b.qs) * b.r, b.qs.dtype)
+        add("probe S", len(b.qs) * b.k, b.qs.dtype)
         add("probe Q^T S", b.r * b.k, b.qs.dtype)
     # table of 8, t, two squares, two numbers of all; two rates of each group
     add("scalars", (8 + 1 + 2) * n + 2 + 2 * len(e.param_groups), wide)
@@ -88,9 +88,9 @@ def state_of(u: Unit) -> list[Entry]:
     if "grown" in u.state:
         out.append(Entry("scalars", 1, wide))
     if u.mag:
-        rows = len(local(u.param))
+        rows = len(u.w)
         out += [Entry("magnitudes mag, n", 2 * rows, wide), Entry("moments of mag", 2 * rows, wide)]
-        out += [Entry("row factors", rows, wide)] if u.p else []
+        out += [Entry("row factors", len(u.param), wide)] if u.p else []
     return out
 
 
@@ -100,11 +100,11 @@ def wide_of(u: Unit) -> torch.dtype:
 
 def table(e: Engine) -> str:
     """Every parameter, those that differ in a number only in one line; then the memory. 80 columns."""
-    lines: dict[tuple[str, torch.Size], list[Unit]] = {}
+    lines: dict[tuple[str, tuple[int, ...]], list[Unit]] = {}
     for u in e.units:
         a = u.adapter
         name = re.sub(r"(?<=\.)\d+(?=\.)", "*", a.name if a else u.name)
-        lines.setdefault((name, (a.weight if a else u.param).shape), []).append(u)
+        lines.setdefault((name, (a or u).size), []).append(u)
     out = [f"{'trained':<38}{'shape':>11} {'rule':<5}{'basis':<9}{'rank':>4} {'lr':>6}{'MiB':>5}"]
     group = dict(zip(map(id, (u.param for u in e.units)), e._groups, strict=True))
     for (name, shape), units in lines.items():

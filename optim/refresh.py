@@ -76,11 +76,13 @@ class Refresher:
         last bits between cards.
         """
         wide = torch.promote_types(b.qs.dtype, torch.float32)
-        old = b.q.to(wide, copy=True)  # replaced in place below
+        old = b.own[:, : b.r].to(wide, copy=True)  # replaced in place below
         with self._timed(b.qs.device):
-            whole = [self.reduce.gather_rows(u.param, g) for u, g in zip(b.units, gs, strict=True)]
+            whole = [
+                self.reduce.gather_rows(u.param, g)[:, : u.size[1]] for u, g in zip(b.units, gs, strict=True)
+            ]
             owner = b.index % self.reduce.world
-            q, outcome = b.q.contiguous(), 0
+            q, outcome = b.own[:, : b.r].contiguous(), 0
             if self.reduce.rank == owner:
                 found = subspace.find(
                     whole if b.side == "input" else [g.t() for g in whole],
@@ -101,7 +103,7 @@ class Refresher:
             self.fallbacks += outcome == subspace.FALLBACK
             first, b.fresh, b.count = b.fresh, False, b.count + 1
             b.replace_(q, self.seed)
-            c = old.t() @ b.q.to(wide)
+            c = old.t() @ q.to(wide)
             self.overlaps.append(subspace.overlap(c))
             policy = self.transport
             if policy == "auto":
@@ -135,7 +137,7 @@ class Refresher:
     def _column_scale(self, u: Unit, r: Tensor) -> Tensor:
         """(r,) root mean square of the columns of R over all rows, at least FLOOR of the largest."""
         sums = torch.linalg.vector_norm(r, dim=0, dtype=torch.promote_types(r.dtype, torch.float32)).square()
-        d = (self.reduce.sum_rows([u], sums[None])[0] / u.param.shape[0]).sqrt()
+        d = (self.reduce.sum_rows([u], sums[None])[0] / u.size[0]).sqrt()
         return floored(d)
 
     def _timed(self, device: torch.device) -> _Timer:

@@ -6,6 +6,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from . import moments
@@ -21,12 +22,12 @@ ENGINE = "engine"  # beside parameters' names and "input NAME", "output NAME" of
 
 def collect(e: Engine) -> dict[str, dict[str, Tensor]]:
     """{name: {key: tensor}}: moments and t of each parameter, each basis with its probe, adapters, the
-    engine's clock."""
+    engine's clock; without padding, as views."""
     found: dict[str, dict[str, Tensor]] = {
-        u.name: {"t": e.scalars.t[u.index].clone(), **u.state} for u in e.units
+        u.name: {"t": e.scalars.t[u.index].clone(), **u.trim(u.state)} for u in e.units
     }
     for b in e.bases:
-        found[b.name] = {"qs": b.qs, "count": torch.tensor(b.count), "fresh": torch.tensor(int(b.fresh))}
+        found[b.name] = {"qs": b.own, "count": torch.tensor(b.count), "fresh": torch.tensor(int(b.fresh))}
     for a in e.adapters:
         found[a.name] = a.saved()
     r = e.refresher
@@ -74,7 +75,7 @@ def restore(e: Engine, saved: dict[str, Any]) -> None:
             raise ValueError(f"optimizer state {key}: saved as {' and '.join(sorted(kinds))}")
     for u in e.units:
         same = _moments(u, state[u.name])
-        for key, tensor in u.state.items():
+        for key, tensor in u.trim(u.state).items():
             if key in state[u.name].keys() - _stored(u):
                 tensor.copy_(state[u.name][key])
             elif key == "grown":  # no limit before
@@ -99,7 +100,7 @@ def restore(e: Engine, saved: dict[str, Any]) -> None:
 
 def _blank(u: Unit, store: str) -> dict[str, Tensor]:
     """State of a unit in another store: shapes and dtypes."""
-    return u.rule.begin(store, u.shape, torch.device("meta"), moments.wide(local(u.param).dtype))
+    return u.trim(u.rule.begin(store, u.shape, torch.device("meta"), moments.wide(local(u.param).dtype)))
 
 
 def _kinds(state: dict[str, Tensor], u: Unit) -> dict[str, tuple[Any, ...]]:
@@ -115,7 +116,7 @@ def _stored(u: Unit) -> set[str]:
 def _moments(u: Unit, saved: dict[str, Tensor]) -> bool:
     """Bit for bit from the same store (true), else by value."""
     keys = _stored(u)
-    mine = {k: t for k, t in u.state.items() if k in keys}
+    mine = {k: t for k, t in u.trim(u.state).items() if k in keys}
     there = {k: t for k, t in saved.items() if k in keys}
     if {k: t.dtype for k, t in mine.items()} == {k: t.dtype for k, t in there.items()}:
         for k, t in mine.items():
@@ -129,5 +130,6 @@ def _moments(u: Unit, saved: dict[str, Tensor]) -> bool:
         u.state["d"].copy_(floored(d))
     yes = torch.ones((), device=local(u.param).device)
     for k, x in values.items():
+        x = F.pad(x, (0, u.state[k].shape[-1] - x.shape[-1])) if x.ndim else x
         moments.save_(u.state, k, x, yes, yes, yes * u.index)
     return False

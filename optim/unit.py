@@ -11,6 +11,10 @@ The norm probe: S holds k Gaussian columns, Z = G S. With captured = ||R||^2,
 
 (Hutchinson's estimator of the part of G outside the basis; the standard deviation is sqrt(2/k) times the
 Frobenius norm of that part's Gram matrix.) On the output side G is G^T and S has `out` rows.
+
+A weight may be stored padded: larger than its layer's out_features and in_features, with zeros that get no
+gradient. Its rows of padding are left out of everything here; columns of padding go through the products, and
+stay zero because what meets them is: rows of Q, columns of a gradient and of moments.
 """
 
 from __future__ import annotations
@@ -46,12 +50,12 @@ class Basis:
     name: str
     index: int
     side: str  # input | output
-    n: int  # rows: in_features or out_features
+    n: int  # in_features or out_features: rows, but for those of padding
     r: int
     k: int  # columns of the probe beside it
     units: list[Unit] = field(default_factory=list)
     turn: int = 0  # bases of one turn are replaced in one step
-    qs: Tensor = field(init=False)  # (n, r + k), basis dtype: [Q, S]
+    qs: Tensor = field(init=False)  # (n, r + k), basis dtype: [Q, S]; then rows of zeros for padding
     cross: Tensor = field(init=False)  # (r, k) Q^T S, basis dtype
     count: int = 0  # refreshes done
     fresh: bool = True  # random, or of a factor that began anew: the next one owes it nothing
@@ -59,12 +63,18 @@ class Basis:
     arrived: int = 0  # of its units, on its refresh step
 
     @property
+    def own(self) -> Tensor:
+        """[Q, S] without padding."""
+        return self.qs[: self.n]
+
+    @property
     def q(self) -> Tensor:
-        return self.qs[:, : self.r]
+        """Q as it meets weights: with rows for columns of padding, without any for rows of padding."""
+        return (self.qs if self.side == "input" else self.own)[:, : self.r]
 
     @property
     def s(self) -> Tensor:
-        return self.qs[:, self.r :]
+        return self.own[:, self.r :]
 
     def place(self, device: torch.device, dtype: torch.dtype) -> None:
         self.qs = self.qs.to(device, dtype).contiguous()
@@ -72,16 +82,17 @@ class Basis:
 
     def _cross(self) -> Tensor:
         wide = torch.promote_types(self.qs.dtype, torch.float32)
-        return (self.q.to(wide).t() @ self.s.to(wide)).to(self.qs.dtype)
+        return (self.own[:, : self.r].to(wide).t() @ self.s.to(wide)).to(self.qs.dtype)
 
     def load_(self, qs: Tensor, count: Tensor, fresh: Tensor) -> None:
-        self.qs.copy_(qs)
+        self.own.copy_(qs)
         self.cross.copy_(self._cross())
         self.count, self.fresh = int(count), bool(fresh)
 
     def begin(self, seed: int, device: torch.device, dtype: torch.dtype) -> None:
         """A random basis and probe; on the meta device shapes only."""
-        self.qs = torch.empty(self.n, self.r + self.k, dtype=dtype, device=device)
+        rows = self.units[0].param.shape[self.side == "input"]
+        self.qs = torch.zeros(rows, self.r + self.k, dtype=dtype, device=device)
         self.cross = torch.empty(self.r, self.k, dtype=dtype, device=device)
         if device.type != "meta":
             wide = torch.promote_types(dtype, torch.float32)
@@ -91,7 +102,7 @@ class Basis:
 
     def replace_(self, q: Tensor, seed: int) -> None:
         """Q (n, r) wide, and a new draw of S, in place: a compiled forward may hold the tensor."""
-        self.q.copy_(q)
+        self.own[:, : self.r].copy_(q)
         if self.k:
             wide = torch.promote_types(self.qs.dtype, torch.float32)
             draw = subspace.mix(seed, self.index, self.count, 1)
@@ -115,6 +126,7 @@ class Unit:
     name: str
     owner: Any  # a module, or an Adapter; its parameter is looked up there: to_empty() replaces it
     leaf_name: str
+    size: tuple[int, ...]  # of the parameter, without padding; of a sharded one the whole
     role: str  # matrix | embedding | head | gain | other; of an adapter: factor | magnitude
     rule: Rule
     scale: float  # its lr is group lr * scale
@@ -140,6 +152,16 @@ class Unit:
         return getattr(self.owner, self.leaf_name)
 
     @property
+    def padded(self) -> bool:
+        return tuple(self.param.shape) != self.size
+
+    @property
+    def w(self) -> Tensor:
+        """The parameter, on this rank, without rows of padding."""
+        w = local(self.param)
+        return w[: self.size[0]] if self.padded else w
+
+    @property
     def projected(self) -> bool:
         return self.q is not None or self.p is not None
 
@@ -154,14 +176,14 @@ class Unit:
     @property
     def shape(self) -> tuple[int, ...]:
         """Of R, with this rank's rows only where the weight is sharded."""
-        w = local(self.param)
+        w = self.w
         if not self.projected:
             return tuple(w.shape)
         return (self.p.r if self.p else w.shape[0], self.q.r if self.q else w.shape[1])
 
     def begin(self) -> None:
         """State of an untrained weight; shapes only on the meta device."""
-        w = local(self.param)
+        w = self.w
         wide = torch.promote_types(w.dtype, torch.float32)
         self.state.clear()
         self.state |= self.rule.begin(self.store, self.shape, w.device, wide)
@@ -173,7 +195,7 @@ class Unit:
             ones, row = w.new_ones(len(w), dtype=wide), w.new_zeros(1, len(w), dtype=wide)
             self.state |= {"mag": ones, "n": ones.clone(), "mag_m": row, "mag_v": row.clone()}
             if self.p:
-                self.state["factor"] = ones.clone()
+                self.state["factor"] = w.new_ones(len(self.param), dtype=wide)  # the layer's, with padding
 
     def place(self, hook: Callable[[Tensor, int], None]) -> None:
         """Leaves on the weight's device in its dtype, with their hooks; again whenever it has moved."""
@@ -221,6 +243,9 @@ class Unit:
         for leaf in leaves:
             assert leaf is not None and leaf.grad is not None
             grads.append(leaf.grad)
+            by_rows = leaf is self.full or self.p is None or leaf is not self.leaves[0]
+            if self.padded and by_rows and not self.adapter:
+                grads[-1] = grads[-1][: self.size[0]]
             if self.projected or self.adapter:
                 leaf.grad = None
         return grads
@@ -232,6 +257,15 @@ class Unit:
             for leaf in (*self.leaves, self.full):
                 if leaf is not None:
                     leaf.grad = None
+
+    def trim(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
+        """The unit's state without padding: views."""
+        if not self.padded:
+            return state
+        width = self.q.r if self.q else self.size[-1]
+        most = {"factor": self.size[0]} | dict.fromkeys(self.rule.stored, width)
+        most |= {f"{k}_scale": -(-width // kernels.QUANT) for k in self.rule.stored}
+        return {k: t[..., : most[k]] if k in most else t for k, t in state.items()}
 
     def split(self, grads: list[Tensor]) -> tuple[Tensor, Tensor | None]:
         """R and Z (None without a probe) from the leaves' gradients."""
@@ -259,7 +293,7 @@ class Unit:
 
     def lift_(self, n: Tensor, keep: Tensor | None) -> None:
         """W <- keep W + back(N), N = -lr * direction."""
-        w = local(self.param)
+        w = self.w
         if self.p is None:
             assert self.q is not None
             kernels.lift_(w, n, self.q.q.t(), keep)

@@ -109,7 +109,7 @@ def reference(method, micro=1):
 @kills("optim/refresh.py", "b.replace_(q, self.seed)", "pass")
 @kills("optim/engine.py", "u, u.coordinates(g), g", "u, u.coordinates(g) * 1.01, g")
 @kills("optim/refresh.py", "m, v = subspace.transport(m, v, c, policy, dim)", "pass")
-@kills("optim/refresh.py", "c = old.t() @ b.q.to(wide)", "c = b.q.to(wide).t() @ old")
+@kills("optim/refresh.py", "c = old.t() @ q.to(wide)", "c = q.to(wide).t() @ old")
 @kills("optim/refresh.py", '-1 if b.side == "input" else 0', "-1")
 @kills("optim/scalars.py", "self.table[:, Column.T] - 1 + ok", "self.table[:, Column.T] - 1")
 @kills("optim/scalars.py", "self.t[u.index] = 0\n        self.table[u.index, Column.T] = 1", "pass")

@@ -27,6 +27,7 @@ VARIANTS = {
     "tied": {"tie_word_embeddings": True},
     "gqa_theta": {"num_key_value_heads": 2, "rope_theta": 5e5, "rms_norm_eps": 1e-5},
     "gqa_tied": {"num_key_value_heads": 1, "tie_word_embeddings": True},
+    "padded": {"pad": True},
 }
 
 
@@ -97,7 +98,9 @@ def test_export_to_transformers_and_back_bit_for_bit(make_run, tmp_path, capsys,
     assert_same_weights(ours, {k: theirs[k] for k in ours})
     hf.save_pretrained(tmp_path / "back")
     for folder in (made.out, tmp_path / "back"):
-        assert load_config(folder) == ModelConfig(**{**vars(cfg), "num_key_value_heads": cfg.kv_heads})
+        assert load_config(folder) == ModelConfig(
+            **{**vars(cfg), "num_key_value_heads": cfg.kv_heads, "pad": None}
+        )
         assert_same_weights(load_model(folder, "cpu").state_dict(), ours)
     assert not list(tmp_path.glob("*.tmp"))
 

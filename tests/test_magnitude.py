@@ -90,9 +90,7 @@ def weights(model, engine):
 @kills("optim/magnitude.py", "u.mag.rate / u.scale", "1.0")
 @kills("optim/magnitude.py", "s = sums[:, 0] / kernels.divisor(mag, least(w))", "s = sums[:, 0]")
 @kills("optim/layer.py", "left = (dy * factor).to(dy.dtype)", "pass")
-@kills(
-    "optim/magnitude.py", 'state["factor"].copy_(u.state["mag"] / u.state["n"])', 'state["factor"].fill_(1)'
-)
+@kills("optim/magnitude.py", '].copy_(u.state["mag"] / u.state["n"])', "].fill_(1)")
 @kills("optim/magnitude.py", "(p * (p @ (dv @ dv.t()))).sum(1)", "0 * p.sum(1)")
 @kills("optim/magnitude.py", "(part - (s[at] / mag[at])[:, None] * own)", "part")
 @kills("optim/magnitude.py", "(part * own).sum(1) / mag[at]", "(part * own).sum(1)")
@@ -181,7 +179,7 @@ def test_rows_keep_their_magnitude_and_the_direction_is_tangential_invariant_26(
 
 
 @kills("optim/magnitude.py", 'u.state["mag"] < 0, -norms, norms', 'u.state["mag"] < 0, norms, norms')
-@kills("optim/engine.py", "magnitude.resume(u, local(u.param))", "pass")
+@kills("optim/engine.py", "magnitude.resume(u, u.w)\n            s =", "s =")
 def test_a_refresh_reads_the_magnitudes_as_stored():
     _, u, w = single()
     u.state["mag"][3] *= -1
