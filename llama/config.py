@@ -24,8 +24,8 @@ class ModelConfig:
     tie_word_embeddings: bool = False
     init_from: str | None = None  # a Hugging Face folder to start from; its shapes replace the ones above
     # intermediate_size is stored and computed as the next multiple of 64, the rest zeros; files and counts
-    # keep the size above. None: on a GPU, whose tensor cores are slow on sides like 1B's 5461. For those who
-    # compare, and for tests on a CPU.
+    # keep the size above. None: on a GPU, and where it is no multiple of 8, as 1B's 5461, on which products
+    # are slow. For those who compare, and for tests on a CPU.
     pad: bool | None = None
 
     @property
