@@ -233,7 +233,7 @@ def empty_model(cfg: ModelConfig, device: torch.device | str, dtype: torch.dtype
     """A model whose weights are whatever memory held, with zeros as padding: for init_weights or load_weights
     to fill."""
     if cfg.pad is None:
-        odd = cfg.intermediate_size % 8 != 0  # rows of bf16 that do not begin on 16 bytes: older, slow kernels
+        odd = cfg.intermediate_size % 8 != 0  # rows of bf16 that do not begin on 16 bytes
         cfg = replace(cfg, pad=odd and torch.device(device).type == "cuda")
     with torch.device("meta"):
         model = Llama(cfg).to(dtype)
