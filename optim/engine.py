@@ -24,29 +24,20 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from . import growth, kernels, magnitude, measure, memory, state
+from . import magnitude, memory, state
 from .config import OptimConfig
+from .landing import NORM_OF, Landing
 from .layer import unproject
-from .measure import Landed
-from .reduce import Flight, Reduce
+from .reduce import Reduce
 from .refresh import Eager, Held, Refresher, due
-from .rules import Rule
 from .scalars import Scalars
 from .unit import Basis, Unit, local
 from .watch import Watch, missing
-
-Column = kernels.Column
-LAGGED = ("global_estimated", "projected")  # clip modes that in backward know the last step's norm only
-# Bytes of gradients that wait in backward for one another: their norms take one launch then. 0.06 GiB at 7b,
-# where a block's Rs are 0.09; at 1b the host needs 1.1 ms a matrix without.
-HELD = 2**26
-NORM_OF = {"projected": 0}  # clip mode -> column of Scalars.squares; all others 1
 
 
 def basis_dtype(cfg: OptimConfig, w: Tensor) -> torch.dtype:
@@ -55,7 +46,7 @@ def basis_dtype(cfg: OptimConfig, w: Tensor) -> torch.dtype:
     return {"bf16": torch.bfloat16, "fp32": torch.float32}[name] if name else w.dtype
 
 
-class Engine(torch.optim.Optimizer):
+class Engine(Landing, torch.optim.Optimizer):
     """Made by `attach`. A torch optimizer: param_groups, step, zero_grad, state_dict, LR schedulers.
 
     accum_steps    backwards that make one step; may be set between steps
@@ -93,10 +84,7 @@ class Engine(torch.optim.Optimizer):
         self.turns = max((b.turn for b in bases), default=0) + 1
         self.aside: Callable[[], AbstractContextManager[Any]] = nullcontext  # around all work in backward
         self._paths = {id(m): name for name, m in root.named_modules()}
-        # Gains and biases wait for step() and one launch, unless their norm is needed before any update.
-        early = not self.in_backward or self.passes == 2
-        self._late = [u for u in units if u.role == "gain" and not early]
-        self._order = [u for u in reversed(units) if u not in self._late]
+        self._line_up()
         self._place()
         self._begin = Watch(self, self._late or units)
         self._root_hook = root.register_forward_pre_hook(self._begin)
@@ -149,11 +137,7 @@ class Engine(torch.optim.Optimizer):
 
     def _prepare(self) -> None:
         """An empty queue, and the bases that the next step replaces."""
-        self._ready: set[int] = set()
-        self._next, self._pass, self._forwards, self._opened = 0, 1, 0, False
-        self._flight: list[tuple[Unit, Flight]] = []
-        self._landed: list[Landed] = []
-        self._waiting = 0  # bytes of it
+        self._empty()
         for b in self.bases:
             together = getattr(self.cfg, "refresh", "") == "together"
             if a := b.units[0].adapter:
@@ -185,141 +169,6 @@ class Engine(torch.optim.Optimizer):
     @property
     def first_round(self) -> tuple[int, int]:
         return sum(b.count > 0 for b in self.bases), len(self.bases)
-
-    # ---- in backward
-
-    def _hook(self, u: Unit) -> Callable[[Tensor, int], None]:
-        def fire(leaf: Tensor, n: int) -> None:
-            if leaf.grad is None:  # the layer's other coordinate was in use
-                return
-            u.fired[n] += 1
-            if 0 < self._forwards < u.fired[n]:
-                raise RuntimeError(
-                    f"{u.name}: more gradients than forward passes. A layer used in two reentrant checkpoint "
-                    "segments would be updated twice: checkpoint with use_reentrant=False"
-                )
-            if all(u.fired[i] == self.accum_steps * self._pass for i in u.active()):
-                self._begin.seen(u, leaf.grad)
-                self._ready.add(u.index)
-                if (self.in_backward or self._pass < self.passes) and u not in self._late:
-                    with self.aside():
-                        self._drain(depth=0 if self.reduce.group is None else 1)
-
-        return fire
-
-    @torch.no_grad()
-    def _drain(self, depth: int) -> None:
-        """Launches ready units in order, at most `depth` reductions in flight; the others land."""
-        while self._next < len(self._order) and self._order[self._next].index in self._ready:
-            self._launch(self._order[self._next])
-            self._next += 1
-            while len(self._flight) > depth:
-                self._land()
-        if self._pass < self.passes and self._next == len(self._order):
-            while self._flight:
-                self._land()
-            self._flush()
-            self.scalars.clip_all(self.cfg.clip, self.scalars.total(1))
-            self._pass, self._next, self._ready = 2, 0, set()
-
-    def _launch(self, u: Unit) -> None:
-        grads = u.take()
-        self._begin.taken(u, grads[0])
-        self._flight.append((u, self.reduce.start(u, grads)))
-
-    def _land(self) -> None:
-        """One unit's reduced gradient; on a refresh step the units of a basis wait for each other."""
-        u, flight = self._flight.pop(0)
-        grads = flight.land()
-        if not self._opened:
-            lagged = self.in_backward and self.cfg.clip_mode in LAGGED
-            if not kernels.capturing(self.scalars.table.device):
-                self.load_rates()
-            self.scalars.open(self.cfg.clip if lagged else 0.0)
-            self._opened = True
-        if u.adapter:
-            for m, g in u.adapter.land(u, grads[0]):
-                self._refresh(m, g) if m.projected else self._hold("dense", m, g, g, None, None)
-        elif u.refresh:
-            self._refresh(u, grads[0])
-        else:
-            s = a = None
-            if u.mag:
-                grads, s, a = magnitude.direction(u, u.w, grads)
-            r, z = u.split(grads)
-            self._hold("dense" if z is None else "probed", u, r, r if z is None else z, s, a)
-        if (self.in_backward or self._pass < self.passes) and self._waiting >= HELD:
-            self._flush()
-
-    def _refresh(self, u: Unit, g: Tensor) -> None:
-        """G, or of a factor any gradient, waits for its basis: not longer than needed, unless those of one
-        block are all that wait. Then the bases are found in step(), when no activations lie beside them."""
-        s = None
-        if u.mag:
-            magnitude.resume(u, u.w)
-            s = magnitude.direction_of_(u, u.w, g)
-        self.refresher.arrive(u, g, s)
-        if u.adapter or not self._alone:
-            self._found()
-
-    def _found(self) -> None:
-        """New bases where all gradients are there, and R from them."""
-        for u, g, s in self.refresher.ready(self.scalars):
-            a = u.w @ u.q.q.to(g.dtype) if s is not None and u.q else None
-            self._hold("whole", u, u.coordinates(g), g, s, a)
-
-    def _hold(self, kind: str, u: Unit, r: Tensor, rest: Tensor, s: Tensor | None, a: Tensor | None) -> None:
-        self._landed.append(Landed(kind, u, r, rest, s, a))
-        # The same on every rank, however its rows are cut: a flush exchanges sums.
-        rows = self.reduce.rows(u.param) if u.sharded else r.shape[0] if r.ndim else 1
-        size = rows * math.prod(r.shape[1:]) * r.element_size() * (1 if a is None else 2)
-        # Nobody waits with a whole gradient, but for those of factors.
-        self._waiting += HELD if kind == "whole" and not u.adapter else size
-
-    def _flush(self) -> None:
-        """Clip, rule and weight update of everything that has landed; dense units of one rule go together."""
-        batch, self._landed, self._waiting = self._landed, [], 0
-        if not batch:
-            return
-        for units, squares in measure.squares(batch, self.scalars.dtype):
-            self.scalars.measured(units, self.reduce.sum_rows(units, squares))
-        if self._pass < self.passes:
-            for x in batch:
-                x.unit.param.grad = None
-            return
-        clip, mode = self.cfg.clip, self.cfg.clip_mode
-        if clip and mode == "per_layer":
-            self.scalars.clip_each(clip, [x.unit for x in batch])
-        elif clip and not self.in_backward:
-            self.scalars.clip_all(clip, self.scalars.total(NORM_OF.get(mode, 1)))
-        dense: dict[Rule, list[tuple[Unit, Tensor]]] = {}
-        for x in batch:
-            u, r = x.unit, x.r
-            if not u.projected:
-                dense.setdefault(u.rule, []).append((u, r))
-                continue
-            h, w = self.scalars.table[u.index], u.w
-            n = u.rule.step_(r, u.state, h, w.dtype, partial(self.reduce.sum_parts, u.param))
-            n = growth.limit_(u, n, h, self.reduce) if u.limit else n
-            if x.s is not None:
-                magnitude.step_(u, w, n, x.s, x.a, h)
-                continue
-            u.lift_(n, torch.where(h[Column.OK] > 0, h[Column.KEEP], 1.0) if u.decay else None)
-        for rule, some in dense.items():
-            units = [u for u, _ in some]
-            ws, states = [u.w for u in units], [u.state for u in units]
-            key = tuple(u.index for u in units)
-            if key not in self._plans:
-                self._plans[key] = kernels.plan(ws, states)
-            table = self.scalars.table[self.scalars.rows(units)]
-            rule.update_(ws, [g for _, g in some], states, table, self._plans[key])
-            for u in units:
-                if self.in_backward and u not in self._late:
-                    u.param.grad = None
-        for a in dict.fromkeys(x.unit.adapter for x in batch if x.unit.adapter):
-            a.settle()
-
-    # ---- after backward
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> None:  # type: ignore[override]

@@ -142,7 +142,7 @@ def weights(model, oracle):
 @kills("optim/adapter.py", "torch.div(self.mag, self.n, out=self.factor)", "pass")
 @kills("optim/scalars.py", "~(self.rests[rows] & (squares[:, 1] == 0))", "(squares[:, 1] >= 0)")
 @kills("optim/adapter.py", "if not self.how.detach_norm:", "if True:")
-@kills("optim/engine.py", "            a.settle()\n", "            pass\n")
+@kills("optim/landing.py", "            a.settle()\n", "            pass\n")
 @kills("optim/assign.py", "decay = 0.0 if cfg.normalize else u.decay", "decay = u.decay")
 @kills("optim/assign.py", "cfg.mag_scale, u.decay", "cfg.scale, u.decay")
 @pytest.mark.parametrize(

@@ -287,7 +287,7 @@ def test_one_coordinate_a_weight(segments):
         torch.testing.assert_close(u.param.data, w - 1e-2 * g @ q @ q.T, rtol=1e-11, atol=1e-13)
 
 
-@kills("optim/engine.py", "if 0 < self._forwards < u.fired[n]:", "if False:")
+@kills("optim/landing.py", "if 0 < self._forwards < u.fired[n]:", "if False:")
 def test_a_layer_in_two_reentrant_segments_is_refused_by_name():
     model = Twice(True)
     attach(model, "galore", lr=1e-2, rank=4)

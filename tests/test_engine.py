@@ -11,6 +11,7 @@ import torch._dynamo
 from torch import nn
 
 import optim.engine
+import optim.landing
 from optim import attach
 from optim.config import BasisConfig, ProjectedConfig
 from optim.methods import METHODS, Method
@@ -107,7 +108,7 @@ def reference(method, micro=1):
 @kills("optim/scalars.py", "[lr * scale, 1 - lr * decay]", "[lr, 1 - lr * decay]")
 @kills("optim/refresh.py", 'policy = "reset" if first', 'policy = "keep" if first')
 @kills("optim/refresh.py", "b.replace_(q, self.seed)", "pass")
-@kills("optim/engine.py", "u, u.coordinates(g), g", "u, u.coordinates(g) * 1.01, g")
+@kills("optim/landing.py", "u, u.coordinates(g), g", "u, u.coordinates(g) * 1.01, g")
 @kills("optim/refresh.py", "m, v = subspace.transport(m, v, c, policy, dim)", "pass")
 @kills("optim/refresh.py", "c = old.t() @ q.to(wide)", "c = q.to(wide).t() @ old")
 @kills("optim/refresh.py", '-1 if b.side == "input" else 0', "-1")
@@ -333,7 +334,7 @@ def test_scale_of_the_loss_does_not_matter_invariant_9(method):
 
 
 @pytest.mark.parametrize("method", METHODS_TESTED)
-@kills("optim/engine.py", "self.accum_steps * self._pass for i", "1 for i")
+@kills("optim/landing.py", "self.accum_steps * self._pass for i", "1 for i")
 @kills("optim/unit.py", "grads.append(leaf.grad)", "grads.append(leaf.grad / max(self.fired))")
 def test_micro_batches_equal_one_batch_invariant_20(method):
     """K = 4 = K = 1, refresh steps included: the loss is divided by the tokens of the whole step."""
@@ -344,7 +345,7 @@ def test_micro_batches_equal_one_batch_invariant_20(method):
 
 
 @kills("optim/unit.py", "grads.append(leaf.grad)", "grads.append(leaf.grad / max(self.fired))")
-@kills("optim/engine.py", "r, z = u.split(grads)", "r, z = u.split([g / self.accum_steps for g in grads])")
+@kills("optim/landing.py", "r, z = u.split(grads)", "r, z = u.split([g / self.accum_steps for g in grads])")
 def test_a_mean_of_means_is_another_gradient_invariant_20b():
     """What published loops do: each micro-batch divided by its own tokens. With unequal counts that is
     wrong; the engine sums what it is given."""
@@ -370,17 +371,17 @@ def test_a_mean_of_means_is_another_gradient_invariant_20b():
 @pytest.mark.parametrize("micro", [1, 3])
 @pytest.mark.parametrize("method", METHODS_TESTED)
 @kills(
-    "optim/engine.py",
+    "optim/landing.py",
     "if self.in_backward and u not in self._late:\n                    u.param.grad = None",
     "if False:\n                    pass",
 )
 @kills(
-    "optim/engine.py",
+    "optim/landing.py",
     "self.accum_steps * self._pass for i",
     "(1 if self.in_backward else self.accum_steps) for i",
 )
 @kills(
-    "optim/engine.py",
+    "optim/landing.py",
     'self._hold("whole", u, u.coordinates(g), g',
     'self._hold("whole", u, u.coordinates(g) + 1e-9 * self.in_backward, g',
 )
@@ -388,7 +389,7 @@ def test_in_backward_equals_after_bitwise_invariant_19(method, micro, monkeypatc
     inside, opt, a = run(method, micro=micro, update="in_backward", **off(method))
     after, _, b = run(method, micro=micro, update="after", **off(method))
     assert torch.equal(flat(inside), flat(after)) and a == b
-    monkeypatch.setattr(optim.engine, "HELD", 0)
+    monkeypatch.setattr(optim.landing, "HELD", 0)
     model = Tiny()
     attach(model, method, update="in_backward", **keys(method), **off(method))
     (summed_loss(model, batches(1)[0]) / 60).backward()
@@ -491,12 +492,12 @@ def test_a_model_compiled_whole_is_warned_about():
 
 
 @kills(
-    "optim/engine.py",
+    "optim/landing.py",
     "self.scalars.clip_all(self.cfg.clip, self.scalars.total(1))",
     "self.scalars.clip_all(self.cfg.clip, self.scalars.norm)",
 )
 @kills(
-    "optim/engine.py",
+    "optim/landing.py",
     "for x in batch:\n                x.unit.param.grad = None",
     "pass",
 )
@@ -517,7 +518,7 @@ def test_two_pass_clip_equals_exact_invariant_21():
     "torch.where(self.norm >= 0, coefficient(clip, self.norm), 1.0) if clip",
     "coefficient(clip, self.norm.abs()) if clip",
 )
-@kills("optim/engine.py", 'NORM_OF = {"projected": 0}', 'NORM_OF = {"projected": 1}')
+@kills("optim/landing.py", 'NORM_OF = {"projected": 0}', 'NORM_OF = {"projected": 1}')
 @kills("optim/scalars.py", "self.squares[rows, 0].sqrt()", "self.squares[rows, 1].sqrt()")
 def test_clip_modes_follow_their_definition(mode, lagged, fixed):
     """Against a float64 loop on plain gradients; in backward the global modes use the last step's norm."""
@@ -563,7 +564,7 @@ def on_rank(rank, world, method, settings, rows, held=None):
     import torch.distributed as dist
 
     if held is not None:
-        optim.engine.HELD = held
+        optim.landing.HELD = held
     model, group = Tiny(), dist.group.WORLD
     if rows:
         from torch.distributed.device_mesh import init_device_mesh
@@ -600,7 +601,7 @@ def on_rank(rank, world, method, settings, rows, held=None):
     "return Flight(grads, works, [], self.divide)",
     "return Flight(grads, works, [], self.world)",
 )
-@kills("optim/engine.py", "grads = flight.land()", "grads = flight.out")
+@kills("optim/landing.py", "grads = flight.land()", "grads = flight.out")
 @kills("optim/refresh.py", "self.reduce.from_owner_(q, owner)", "pass")
 @kills("optim/attach.py", 'comm = Reduce(group, reduce == "mean")', "comm = Reduce(group, True)")
 def test_ranks_equal_one_and_each_other_invariant_23(method, world):
@@ -630,7 +631,7 @@ def test_row_shards_equal_one(method, world):
         assert norm == pytest.approx(float(opt.stats["grad_norm"]), rel=1e-12)
 
 
-@kills("optim/engine.py", "rows = self.reduce.rows(u.param) if u.sharded else", "rows =")
+@kills("optim/landing.py", "rows = self.reduce.rows(u.param) if u.sharded else", "rows =")
 def test_uneven_shards_meet_in_every_sum():
     """16 rows on 3 ranks are 6, 6, 4: what waits is counted alike, or sums of different units would meet."""
     one, opt, _ = reference("galore", micro=2)

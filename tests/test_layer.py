@@ -8,6 +8,7 @@ from torch import nn
 from torch.nn import functional as F
 
 import optim.engine
+import optim.landing
 from optim import attach
 from optim.layer import ProjectedLinear, _Project, coordinate
 from tests.mutants import kills
@@ -191,7 +192,7 @@ def test_a_basis_of_another_dtype():
 
 
 def test_a_second_backward_through_one_graph_raises(monkeypatch):
-    monkeypatch.setattr(optim.engine, "HELD", 0)
+    monkeypatch.setattr(optim.landing, "HELD", 0)
     lin, opt = layer(accum_steps=1)
     loss = lin(torch.randn(5, 12, requires_grad=True)).square().sum()
     loss.backward(retain_graph=True)  # W is updated inside

@@ -179,7 +179,7 @@ def test_rows_keep_their_magnitude_and_the_direction_is_tangential_invariant_26(
 
 
 @kills("optim/magnitude.py", 'u.state["mag"] < 0, -norms, norms', 'u.state["mag"] < 0, norms, norms')
-@kills("optim/engine.py", "magnitude.resume(u, u.w)\n            s =", "s =")
+@kills("optim/landing.py", "magnitude.resume(u, u.w)\n            s =", "s =")
 def test_a_refresh_reads_the_magnitudes_as_stored():
     _, u, w = single()
     u.state["mag"][3] *= -1

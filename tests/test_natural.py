@@ -333,7 +333,7 @@ def test_two_ranks_equal_one():
             assert (w - flat(alone)).norm() <= 1e-11 * moved(alone, START)
 
 
-@kills("optim/engine.py", "w.dtype, partial(self.reduce.sum_parts, u.param))", "w.dtype)")
+@kills("optim/landing.py", "w.dtype, partial(self.reduce.sum_parts, u.param))", "w.dtype)")
 @kills(
     "optim/refresh.py", 'policy != "reset", partial(self.reduce.sum_parts, u.param))', 'policy != "reset")'
 )
