@@ -218,8 +218,8 @@ def raw(t: Tensor) -> memoryview:
 
 
 def weights(module: nn.Module, prefix: str = "") -> dict[str, Tensor]:
-    """Its state_dict(). What is made for it, weights put together from parts, goes to host memory a few layers
-    at a time: a card that holds the parts need not have room for all of them."""
+    """Its state_dict(). What is made for it, weights put together from parts, goes to host memory a few
+    layers at a time: a card that holds the parts need not have room for all of them."""
     found = dict[str, Tensor]()
     if any(True for child in module.children() for _ in child.children()):
         module._save_to_state_dict(found, prefix, keep_vars=False)
