@@ -93,6 +93,7 @@ class Run:
                 accum_steps=cfg.accumulation(comm.world),
                 group=comm.group,
                 reduce="sum" if comm.group else None,
+                tokens=cfg.tokens_per_step // comm.world,
                 **{k: v for k, v in vars(cfg.optim).items() if k not in ("name", "lr_range")},
             )
         except ValueError as e:  # what only the model shows: a rank that no matrix exceeds
@@ -352,7 +353,7 @@ class Run:
         """What a save holds, by file."""
         state = self.opt.state_dict()["state"]
         flat = {f"{name}:{k}": t for name, tensors in state.items() for k, t in tensors.items()}
-        return {"model.safetensors": dict(self.model.state_dict()), "optim.safetensors": flat}
+        return {"model.safetensors": checkpoint.weights(self.model), "optim.safetensors": flat}
 
     def texts(self, step: int) -> dict[str, str]:
         assert self.book

@@ -80,6 +80,7 @@ LOW_RANK = {
     "optim.transport": "of moments: keep, reset, rotate, rotate_fill",
     "optim.growth_limit": "of an update's norm to the last; 0: off",
     "optim.basis_dtype": "bf16 or fp32; null: as weights",
+    "optim.lift": "into W: now, deferred to the next basis, auto",
 }
 
 TAIL = """\

@@ -40,6 +40,7 @@ MAY_CHANGE = (
     "optim.moments",
     "optim.embed_moments",
     "optim.rounding",
+    "optim.lift",
     "optim.refresh",  # and refresh_every
     "optim.finder",
     "optim.transport",

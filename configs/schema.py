@@ -204,6 +204,8 @@ class Config:
             except ConfigError:
                 continue
             return f"try micro_batch={size}: the same step in more passes"
+        if getattr(self.optim, "lift", "now") != "now":
+            return "try optim.lift=now: the same step without a matrix beside each weight"
         share = self.activations.checkpoint
         if share < 1:
             more = min(1.0, math.floor(4 * share + 1) / 4)

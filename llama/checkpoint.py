@@ -23,7 +23,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
-from torch import Tensor
+from torch import Tensor, nn
 
 log = logging.getLogger("subspan")
 MANIFEST, STATE, OLD = "manifest.json", "state.json", ".old"
@@ -215,6 +215,20 @@ def safetensors(tensors: Mapping[str, Tensor]) -> Iterator[memoryview]:
 def raw(t: Tensor) -> memoryview:
     """The bytes of a CPU tensor, without a copy if it is contiguous."""
     return memoryview(t.contiguous().reshape(-1).view(torch.uint8).numpy())  # type: ignore[arg-type]
+
+
+def weights(module: nn.Module, prefix: str = "") -> dict[str, Tensor]:
+    """Its state_dict(). What is made for it, weights put together from parts, goes to host memory a few
+    layers at a time: a card that holds the parts need not have room for all of them."""
+    found = dict[str, Tensor]()
+    if any(True for child in module.children() for _ in child.children()):
+        module._save_to_state_dict(found, prefix, keep_vars=False)
+        for name, child in module.named_children():
+            found |= weights(child, f"{prefix}{name}.")
+        return found
+    own = {p.data_ptr() for p in module.parameters()}
+    state = module.state_dict(prefix=prefix)
+    return {name: t if t.data_ptr() in own else t.cpu() for name, t in state.items()}
 
 
 def size_of(tensors: Mapping[str, Mapping[str, Tensor]]) -> int:

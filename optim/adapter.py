@@ -92,24 +92,18 @@ class AdaptedLinear(ProjectedLinear):
             y, _ = _product(x, w, i, j, self.factor)
         return y if bias is None else y + bias
 
-    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
-        super()._save_to_state_dict(destination, prefix, keep_vars)  # type: ignore[no-untyped-call]
+    def folded(self) -> Tensor:
         w, folded = self.adapter.weight, self.adapter.folded()
         if isinstance(w, DTensor):
             mesh, like = w.device_mesh, {"run_check": False, "shape": w.shape, "stride": w.stride()}
             folded = DTensor.from_local(folded, mesh, w.placements, **like)  # type: ignore[arg-type]
-        destination[prefix + "weight"] = folded
+        return folded
 
     def _load_from_state_dict(self, *args: Any) -> None:
         """The loaded weight is W: the adapter begins anew at it, until optimizer state is loaded too."""
         super()._load_from_state_dict(*args)  # type: ignore[no-untyped-call]
         if self.adapter.begun:
             self.adapter.begin()
-
-    def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
-        make, (state,) = super().__reduce_ex__(protocol)
-        weight = nn.Parameter(self.adapter.folded())
-        return make, ({**state, "_parameters": {**state["_parameters"], "weight": weight}},)
 
 
 @dataclass(frozen=True)
@@ -370,6 +364,6 @@ def adapt(layer: nn.Linear) -> AdaptedLinear:
     layer.__class__ = AdaptedLinear
     assert isinstance(layer, AdaptedLinear)
     layer.weight.requires_grad_(False)
-    layer.probe = layer.p = layer.q = None
+    layer.probe = layer.p = layer.q = layer.c = layer.rho = None
     layer.refresh = False
     return layer

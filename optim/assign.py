@@ -11,6 +11,7 @@ from collections import defaultdict
 
 from torch import nn
 
+from . import lift
 from .adapter import Adapter, How, adapt
 from .config import AdapterConfig, BasisConfig, MagnitudeConfig, ProjectedConfig, default_rank
 from .layer import project
@@ -151,6 +152,14 @@ def give_bases(model: nn.Module, units: list[Unit], cfg: ProjectedConfig) -> lis
     if not bases:
         raise ValueError(f"rank={rank}: no matrix is wider, nothing would be projected; choose a smaller one")
     return bases
+
+
+def defer(bases: list[Basis], cfg: ProjectedConfig, tokens: int | None) -> None:
+    """Which weights keep their updates beside them until a refresh. tokens: of an update; None: unknown."""
+    for b in bases:
+        auto = cfg.lift == "auto" and cfg.side == "input" and tokens is not None and lift.pays(b, tokens)
+        for u in b.units:
+            u.deferred = cfg.lift == "deferred" or auto
 
 
 def side_of(u: Unit, side: str) -> str:

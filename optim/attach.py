@@ -22,7 +22,7 @@ from torch import nn
 from torch.distributed.tensor import DTensor, Shard
 from torch.nn.parallel import DistributedDataParallel
 
-from .assign import give_adapters, give_bases
+from .assign import defer, give_adapters, give_bases
 from .config import (
     AdapterConfig,
     BasisConfig,
@@ -47,6 +47,7 @@ def attach(
     accum_steps: int = 1,
     group: dist.ProcessGroup | None = None,
     reduce: str | None = None,
+    tokens: int | None = None,
     **overrides: object,
 ) -> Engine:
     """A torch.optim.Optimizer for `model`.
@@ -56,11 +57,13 @@ def attach(
     group       process group whose ranks hold replicas, or row shards (fully_shard before attach):
                 gradients are reduced over it; None reduces nothing
     reduce      "sum" or "mean" over the group; must be given with one
+    tokens      of this rank in one update, for lift=auto, which without it is lift=now
     overrides   the optim.* keys (lr, scale, rank, ...); unknown keys and bad values raise ValueError
 
     A weight larger than its layer's out_features and in_features is padded: zero beyond them, and kept so.
     Projected weights lose requires_grad and their .grad until opt.detach(); state_dict(), parameters() and
-    saved files stay those of the plain model. The bases' random numbers come from torch.initial_seed().
+    saved files stay those of the plain model; with lift=deferred parameters() are whole weights only after
+    opt.fold(), state_dict() always. The bases' random numbers come from torch.initial_seed().
     """
     cfg = config(method, overrides)
     problems = cfg.problems()
@@ -94,6 +97,7 @@ def attach(
     bases: list[Basis] = []
     if isinstance(cfg, ProjectedConfig):
         bases = give_bases(model, units, cfg)
+        defer(bases, cfg, None if cut else tokens)
     elif isinstance(cfg, AdapterConfig):
         units, bases = give_adapters(model, units, cfg, every, comm, int(seed))
     for b in bases:
@@ -128,6 +132,11 @@ def sharding(name: str, p: DTensor, cfg: OptimConfig, group: dist.ProcessGroup |
     if side != "input":
         problems.append(
             f"side={side}: needs whole columns, and the rows of {name} are sharded; choose side=input"
+        )
+    if getattr(cfg, "lift", "now") == "deferred":
+        problems.append(
+            f"lift=deferred: every forward needs all rows of what it keeps, and those of {name} are sharded; "
+            "choose lift=now"
         )
     return problems
 

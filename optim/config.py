@@ -125,6 +125,7 @@ class BasisConfig(OptimConfig):
     transport: str = "auto"  # of moments into a new basis: auto | keep | reset | rotate | rotate_fill
     growth_limit: float = 0.0  # an update's norm is at most this times the last one's; 0: off
     basis_dtype: str | None = None  # bf16 | fp32; None: the weights'
+    lift: str = "now"  # into the weight: now | deferred: at each new basis | auto: by tokens an update
 
     CHOICES: ClassVar[dict[str, tuple[str, ...]]] = OptimConfig.CHOICES | {
         "clip_mode": ("global_estimated", "projected", "per_layer", "off"),
@@ -132,6 +133,7 @@ class BasisConfig(OptimConfig):
         "finder": ("warm", "svd", "randomized"),
         "transport": ("auto", "keep", "reset", "rotate", "rotate_fill"),
         "basis_dtype": ("bf16", "fp32"),
+        "lift": ("now", "deferred", "auto"),
     }
     RANGES: ClassVar[dict[str, tuple[str, str]]] = OptimConfig.RANGES | {
         "rank": ("[1, 65536]", "null takes the model size's, a quarter of the width is usual"),
@@ -157,6 +159,13 @@ class ProjectedConfig(BasisConfig):
     CHOICES: ClassVar[dict[str, tuple[str, ...]]] = BasisConfig.CHOICES | {
         "side": ("input", "output", "paper", "long", "both"),
     }
+
+    def _clashes(self) -> list[tuple[str, tuple[str, ...], str]]:
+        found = super()._clashes()
+        if self.lift == "deferred" and self.side != "input":
+            reason = f"keeps updates where x Q meets them, which optim.side={self.side} does not form"
+            found.append(("lift", ("side",), f"{reason}; choose now, or optim.side=input"))
+        return found
 
 
 @dataclass
@@ -230,6 +239,9 @@ class AdapterConfig(BasisConfig):
             )
         if self.merge_every == 0:
             ignored["rounding"] = "merge_every=0"
+        if self.lift != "now":
+            text = f"{self.name} keeps its factors beside the matrix as it is, and merges them; leave it out"
+            found.append(("lift", (), text))
         for key, what in ignored.items():
             if getattr(self, key) != getattr(type(self), key):
                 found.append((key, (), f"would be ignored with optim.{what}; leave it out"))

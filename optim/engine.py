@@ -29,7 +29,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from . import magnitude, memory, state
+from . import lift, magnitude, memory, state
 from .config import OptimConfig
 from .landing import NORM_OF, Landing
 from .layer import unproject
@@ -108,7 +108,8 @@ class Engine(Landing, torch.optim.Optimizer):
             if any(s.is_meta for s in u.state.values()):
                 u.begin()
             for k, s in u.state.items():
-                u.state[k] = s.to(w.device)
+                u.state[k] = s.to(w.device, w.dtype if k in lift.OURS else s.dtype)
+            lift.reproject(u)
             self.state[u.param] = u.state
             u.place(self._hook(u))
             for layer in u.layers:
@@ -150,6 +151,8 @@ class Engine(Landing, torch.optim.Optimizer):
         for u in self.units:
             u.fired = [0] * len(u.fired)
             u.refresh = u.adapter is None and any(b.due for b in u.bases)
+            if u.deferred and u.refresh:  # before the forward that forms G, and any save from now on
+                u.fold_(self.scalars.table[u.index])
             for layer in u.layers:
                 layer.refresh = u.refresh
         self._form_g()
@@ -255,6 +258,16 @@ class Engine(Landing, torch.optim.Optimizer):
 
     # ---- state
 
+    @torch.no_grad()
+    def fold(self) -> None:
+        """lift=deferred: parameters become the whole weights, for whoever reads them directly.
+
+        As at a refresh: the model computes the same up to one rounding of each weight. state_dict(), copies
+        and detach() need no call: they fold by themselves."""
+        for u in self.units:
+            if u.deferred:
+                u.fold_(self.scalars.table[u.index])
+
     def state_dict(self) -> dict[str, Any]:
         """{"state": {name: {key: tensor}}, "param_groups": [...]}: tensors and numbers only, by name."""
         return {"state": state.collect(self), "param_groups": state.groups(self)}
@@ -269,6 +282,7 @@ class Engine(Landing, torch.optim.Optimizer):
     def detach(self) -> None:
         """The plain model again, with the trained weights: classes, requires_grad and hooks as before
         attach."""
+        self.fold()
         self._eager.leave()
         self._root_hook.remove()
         for u in self.units:

@@ -25,7 +25,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from . import kernels
+from . import kernels, lift
 from .unit import Unit
 
 LEAST = 1e-8  # of |mag| over the root of in_features: what is divided by
@@ -40,6 +40,7 @@ def begin(u: Unit, w: Tensor) -> None:
     refuse_zeros(norms, u.name)
     for name in ("mag", "n"):
         u.state[name].copy_(norms)
+    lift.reproject(u)
 
 
 def refuse_zeros(norms: Tensor, name: str) -> None:
@@ -59,9 +60,9 @@ def resume(u: Unit, w: Tensor) -> None:
 
 
 def read_back(units: list[Unit], updates: int) -> None:
-    """`resume` for all, every READ updates."""
+    """`resume` for all, every READ updates; but where W is a part: there each refresh does."""
     if updates % READ == 0:
-        for u in (u for u in units if u.mag):
+        for u in (u for u in units if u.mag and not u.deferred):
             resume(u, u.w)
 
 
@@ -89,7 +90,7 @@ def direction(u: Unit, w: Tensor, grads: list[Tensor]) -> tuple[list[Tensor], Te
         left = (u.p.own.to(mag.dtype) * (s / n)[:, None]).to(w.dtype)
         return [both - (left.t() @ w).to(both.dtype)], s, None
     assert u.q is not None
-    a = w @ u.q.qs.to(w.dtype)
+    a = lift.projected(u) if u.deferred else w @ u.q.qs.to(w.dtype)
     s = kernels.tangent_(both, a.to(both.dtype), sums[:, 0], mag, n, least(w))
     return [both], s, a
 
@@ -127,5 +128,10 @@ def step_(
         sums = torch.stack([along, (p * (p @ (dv @ dv.t()))).sum(1)])
     rate, betas = u.mag.rate / u.scale, (rule.beta1, rule.beta2, rule.eps)
     keep, factor = kernels.magnitude_(u.state, s, sums, h, rate, *betas, least(w))
-    kernels.lift_rows_(w, left, right, keep, factor, h if u.mag.stochastic else None)
+    noise = h if u.mag.stochastic else None
+    if u.rests:  # the rows' lengths are read at the fold's refresh
+        lift.step_rows_(u, step, keep, factor, noise)
+        return
+    kernels.lift_rows_(w, left, right, keep, factor, noise)
+    lift.reproject(u)
     _refactor(u)

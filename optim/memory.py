@@ -87,6 +87,12 @@ def state_of(u: Unit) -> list[Entry]:
         out.append(Entry("column scale", u.q.r, torch.float32))
     if "grown" in u.state:
         out.append(Entry("scalars", 1, wide))
+    if u.deferred:
+        w = local(u.param)
+        kept = [("deferred C", len(w) * cols, w.dtype)]
+        kept += [("deferred rho", len(w) if u.mag else 1, wide)] if u.mag or u.decay else []
+        kept += [("deferred W [Q, S]", len(u.w) * (u.q.r + u.q.k), w.dtype)] if u.mag and u.q else []
+        out += [Entry(*x) for x in kept]
     if u.mag:
         rows = len(u.w)
         out += [Entry("magnitudes mag, n", 2 * rows, wide), Entry("moments of mag", 2 * rows, wide)]
@@ -144,6 +150,8 @@ def memory(e: Engine) -> list[str]:
             if x.what.startswith("moment")
             else "history"
             if x.what.startswith("history")
+            else "deferred"
+            if x.what.startswith("deferred")
             else "extras"
         )
         sums[kind] = sums.get(kind, 0) + x.bytes / GIB
@@ -154,6 +162,8 @@ def memory(e: Engine) -> list[str]:
         out.append(f"bases     {len(e.bases)}, replaced every {e.every} steps{shared}")
         if not e.adapters:
             out.append(f"          grad_norm is estimated without bias from {PROBE} random columns")
+    if late := sum(b.units[0].deferred for b in e.bases):
+        out.append(f"lift      deferred to the next basis for {late} of {len(e.bases)} bases")
     if e.adapters:
         out += _adapters(e)
     rates = {(u.mag.rate, u.mag.stochastic) for u in e.units if u.mag}

@@ -9,14 +9,20 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from . import moments
+from . import lift, moments
 from .refresh import floored
 from .unit import Unit, local
 
 if TYPE_CHECKING:
     from .engine import Engine
 
-FLOATS = {"qs", "w0", "i", "j"}  # in the weights' dtype or a basis', which a card and a CPU choose unlike
+FLOATS = {
+    "qs",
+    "w0",
+    "c",
+    "i",
+    "j",
+}  # in the weights' dtype or a basis', which a card and a CPU choose unlike
 ENGINE = "engine"  # beside parameters' names and "input NAME", "output NAME" of bases
 
 
@@ -26,6 +32,10 @@ def collect(e: Engine) -> dict[str, dict[str, Tensor]]:
     found: dict[str, dict[str, Tensor]] = {
         u.name: {"t": e.scalars.t[u.index].clone(), **u.trim(u.state)} for u in e.units
     }
+    for u in e.units:
+        if u.deferred:
+            found[u.name].pop("wq", None)  # W [Q, S], formed again
+            found[u.name]["w0"] = u.w[:, : u.size[1]].detach()
     for b in e.bases:
         found[b.name] = {"qs": b.own, "count": torch.tensor(b.count), "fresh": torch.tensor(int(b.fresh))}
     for a in e.adapters:
@@ -47,11 +57,12 @@ def groups(e: Engine) -> list[dict[str, Any]]:
 def restore(e: Engine, saved: dict[str, Any]) -> None:
     """Copies into place, after everything was checked: a refused state changes nothing.
 
-    Moments in another store are converted, a history with them; a growth limit may come or go."""
+    Moments in another store are converted, a history with them; a growth limit or what a deferred lift
+    keeps may come or go."""
     state, mine = saved["state"], collect(e)
     for name in sorted(state.keys() ^ mine.keys()):
         raise ValueError(f"optimizer state of {name}: in only one of the save and this model")
-    stored = {u.name: {*_stored(u), "grown"} for u in e.units}
+    stored = {u.name: {*_stored(u), "grown", *(lift.SAVED if u.layers else ())} for u in e.units}
     for name, kept in mine.items():
         free = stored.get(name, set())
         if state[name].keys() - free != kept.keys() - free:
@@ -69,6 +80,8 @@ def restore(e: Engine, saved: dict[str, Any]) -> None:
     for u in e.units:
         if not any(_kinds(state[u.name], u) == _kinds(_blank(u, store), u) for store in moments.STORES):
             raise ValueError(f"optimizer state of {u.name}: its moments are of no kind, or not all of one")
+        if ("c" in state[u.name]) != ("w0" in state[u.name]):
+            raise ValueError(f"optimizer state of {u.name}: one of c and w0 without the other")
     for key in FLOATS:
         kinds = {str(kept[key].dtype) for kept in state.values() if key in kept}
         if not kinds <= {"torch.float64", "torch.float32", "torch.bfloat16"} or len(kinds) > 1:
@@ -76,7 +89,7 @@ def restore(e: Engine, saved: dict[str, Any]) -> None:
     for u in e.units:
         same = _moments(u, state[u.name])
         for key, tensor in u.trim(u.state).items():
-            if key in state[u.name].keys() - _stored(u):
+            if key in state[u.name].keys() - _stored(u) - lift.SAVED:
                 tensor.copy_(state[u.name][key])
             elif key == "grown":  # no limit before
                 tensor.zero_()
@@ -85,6 +98,9 @@ def restore(e: Engine, saved: dict[str, Any]) -> None:
         e.scalars.t[u.index] = state[u.name]["t"]
     for b in e.bases:
         b.load_(*(state[b.name][k] for k in ("qs", "count", "fresh")))
+    for u in e.units:
+        if u.deferred:
+            lift.load_(u, state[u.name])
     for a in e.adapters:
         a.load_(state[a.name])
     own, r = state[ENGINE], e.refresher

@@ -27,7 +27,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from . import kernels, subspace
+from . import kernels, lift, subspace
 from .layer import ProjectedLinear, coordinate
 from .rules import Rule
 from .rules.adam import Adam
@@ -134,6 +134,7 @@ class Unit:
     store: str  # fp32 | bf16 | int8
     mag: Magnitude | None = None  # None: W is trained as it is, not as magnitude and direction
     limit: float = 0.0  # of growth: growth.py; 0: none
+    deferred: bool = False  # between refreshes updates gather beside W: lift.py
     adapter: Adapter | None = None  # whose factor or magnitude this is: its gradient arrives whole
     index: int = 0
     layers: list[ProjectedLinear] = field(default_factory=list)  # that use it; none: dense
@@ -196,6 +197,8 @@ class Unit:
             self.state |= {"mag": ones, "n": ones.clone(), "mag_m": row, "mag_v": row.clone()}
             if self.p:
                 self.state["factor"] = w.new_ones(len(self.param), dtype=wide)  # the layer's, with padding
+        if self.deferred:
+            lift.begin(self, wide)
 
     def place(self, hook: Callable[[Tensor, int], None]) -> None:
         """Leaves on the weight's device in its dtype, with their hooks; again whenever it has moved."""
@@ -220,6 +223,7 @@ class Unit:
             for layer in self.layers:
                 layer.mag = self.leaves[-1] if self.mag else None
                 layer.factor = self.state.get("factor")
+                layer.c, layer.rho = self.state.get("c"), self.state.get("rho")
                 layer.coord, layer.full = self.leaves[0], self.full
                 layer.probe = self.leaves[1] if self.q and self.p and self.q.k else None
                 layer.q = self.q.qs if self.q else None
@@ -265,7 +269,8 @@ class Unit:
         width = self.q.r if self.q else self.size[-1]
         most = {"factor": self.size[0]} | dict.fromkeys(self.rule.stored, width)
         most |= {f"{k}_scale": -(-width // kernels.QUANT) for k in self.rule.stored}
-        return {k: t[..., : most[k]] if k in most else t for k, t in state.items()}
+        rows = {k: state[k][: self.size[0]] for k in ("c", "rho") if k in state and state[k].ndim}
+        return {k: t[..., : most[k]] if k in most else t for k, t in state.items()} | rows
 
     def split(self, grads: list[Tensor]) -> tuple[Tensor, Tensor | None]:
         """R and Z (None without a probe) from the leaves' gradients."""
@@ -291,10 +296,25 @@ class Unit:
             return z - self.p.q.to(r.dtype) @ (r @ self.q.cross.to(r.dtype))
         return torch.addmm(z, self.p.cross.to(r.dtype).t(), r, alpha=-1)
 
+    @property
+    def rests(self) -> bool:
+        """Whether this step's update stays beside W."""
+        return self.deferred and not self.refresh
+
+    def fold_(self, h: Tensor) -> None:
+        """W takes what is beside it; h: the unit's row of the table."""
+        assert self.q is not None
+        c, rho = self.state["c"], self.state.get("rho")
+        lift.fold_(self.param.detach(), c, self.q.qs, rho, h if self.mag and self.mag.stochastic else None)
+        lift.clear_(c, rho)
+        lift.reproject(self)
+
     def lift_(self, n: Tensor, keep: Tensor | None) -> None:
-        """W <- keep W + back(N), N = -lr * direction."""
+        """W <- keep W + back(N), N = -lr * direction; or C, which stands for it."""
         w = self.w
-        if self.p is None:
+        if self.rests:
+            lift.step_(self, n, keep)
+        elif self.p is None:
             assert self.q is not None
             kernels.lift_(w, n, self.q.q.t(), keep)
         else:

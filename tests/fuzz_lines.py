@@ -90,6 +90,8 @@ CLASHES: list[tuple[list[str], str, bool]] = [
         "optim.rounding=nearest",
         False,
     ),
+    (["optim=gradnormlorp_adapter", "optim.lift=auto"], "optim.lift=auto", False),
+    (["optim=galore", "optim.lift=deferred", "optim.side=paper"], "optim.lift=deferred", False),
     (["optim=galore", "optim.rank=64"], "rank=64", True),
     (["optim=galore", "optim.rank=65536"], "rank=65536", True),
     (["optim.clip=1", "optim.clip_mode=two_pass"], "clip_mode=two_pass", True),
@@ -295,6 +297,8 @@ def valid(place: Place, rng: random.Random, name: str) -> list[str]:
             "optim.growth_limit": ["0", "1.01", "1000"],
             "optim.basis_dtype": ["null", "bf16", "fp32"],
         }
+        if "adapter" not in method:
+            pick["optim.lift"] = ["now", "auto"]
     if method == "galore_sgd":
         del pick["optim.transport"], pick["optim.moments"]  # it has no moments in a basis
     if method.startswith("gradnormlorp"):

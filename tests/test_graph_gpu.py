@@ -97,11 +97,14 @@ def test_a_captured_step_is_the_step(method):
         {"clip": 0.5, "clip_mode": "per_layer"},
         {"update": "after", "clip": 0.5},
         {"side": "output"},
+        {"lift": "deferred", "decay": 0.1},
+        {"lift": "deferred", "compiled": True},
+        {"lift": "deferred", "method": "gradnormlorp_8bit"},
     ],
 )
 def test_settings_are_captured_alike(settings):
     with deterministic():
-        sides = [Training("galore_8bit", wanted, **settings) for wanted in (True, False)]
+        sides = [Training(**{"method": "galore_8bit", **settings}, wanted=wanted) for wanted in (True, False)]
         for t in sides:
             t.train(STEPS)
     assert -1 in sides[0].runner.graphs

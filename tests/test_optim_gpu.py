@@ -70,10 +70,15 @@ def test_a_method_trains_alike_on_both_devices(method, side):
     assert (flat(gpu).cpu() - flat(cpu)).norm() <= tol * (flat(cpu) - start).norm()
 
 
-@pytest.mark.parametrize("method", METHODS)
-def test_a_step_reads_nothing_back(method):
+@pytest.mark.parametrize(
+    ("method", "settings"),
+    [*((m, {}) for m in METHODS), *((m, {"lift": "deferred"}) for m in ("galore_8bit", "gradnormlorp"))],
+    ids=str,
+)
+def test_a_step_reads_nothing_back(method, settings):
     m = Tiny(dtype=torch.bfloat16).cuda()
-    opt = attach(m, method, **(keys(method) | ({"refresh_every": 100} if "rank" in keys(method) else {})))
+    settings = keys(method) | settings | ({"refresh_every": 100} if "rank" in keys(method) else {})
+    opt = attach(m, method, **settings)
     tokens = [b.cuda() for b in batches(1)]
     train(m, opt, tokens * 12)
     assert not any(u.refresh for u in opt.units)
@@ -94,10 +99,11 @@ def llama():
     return build_model(cfg, "cuda", torch.bfloat16, 0)
 
 
-def test_one_training_and_one_evaluation_graph_over_two_rounds():
+@pytest.mark.parametrize("lift", ["now", "deferred"])
+def test_one_training_and_one_evaluation_graph_over_two_rounds(lift):
     torch._dynamo.reset()
     m = llama()
-    opt = attach(m, "galore_8bit", lr=1e-2, rank=32, refresh_every=20)
+    opt = attach(m, "galore_8bit", lr=1e-2, rank=32, refresh_every=20, lift=lift)
     compile_blocks(m)
     g = torch.Generator().manual_seed(0)
     x = torch.randint(256, (8, 65), generator=g).cuda()

@@ -67,6 +67,7 @@ ACCEPTED = {
     "optim.refresh=together": "",
     "optim.finder=svd": "",
     "optim.transport=reset": "",
+    "optim.lift=deferred": "",
     "activations.checkpoint=0.5": "",
     "optim=galore_8bit": "",
 }
