@@ -64,8 +64,8 @@ OUTSIDE = {
 }
 # Names of settings that do not exist yet, and of other programs.
 UNBUILT = (
-    "graph plan rewind trace activations.velora activations.layers "
-    "optim.lift optim.rounding optim.mag_scale optim.weight_decay "
+    "graphs plan rewind trace "
+    "optim.lifts optim.rounding optim.mag_scale optim.weight_decay "
     "model.hidden batch_size max_steps data.shuffle run.id"
 ).split()
 
