@@ -195,13 +195,14 @@ class Engine(Landing, torch.optim.Optimizer):
             self._land()
         if self.in_backward:
             self._flush()
+        assert self._next == len(self._order)
 
     @torch.no_grad()
     def conclude(self) -> None:
         """New bases, which the host waits for once, and what waited for them; statistics."""
         self._found()
         self._flush()
-        assert not self.refresher.held and self._next == len(self._order)
+        assert not self.refresher.held
         self.stats = {**self.scalars.close(NORM_OF.get(self.cfg.clip_mode, 1))}
         if not self.bases:
             del self.stats["energy"]

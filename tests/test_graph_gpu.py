@@ -6,6 +6,7 @@ import pytest
 import torch
 import torch._dynamo
 
+import optim.graph
 from llama import spike
 from llama.config import ModelConfig
 from llama.model import build_model, compile_blocks
@@ -18,6 +19,11 @@ CFG = ModelConfig(
     vocab_size=512, hidden_size=128, intermediate_size=320, num_hidden_layers=3, num_attention_heads=4
 )
 STEPS, K, ROWS, LENGTH = 26, 2, 8, 64
+
+
+@pytest.fixture(autouse=True)
+def refreshes(monkeypatch):
+    monkeypatch.setattr(optim.graph, "REFRESHES", True)
 
 
 @contextmanager

@@ -102,6 +102,7 @@ def llama():
 @pytest.mark.parametrize("lift", ["now", "deferred"])
 def test_one_training_and_one_evaluation_graph_over_two_rounds(lift):
     torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
     m = llama()
     opt = attach(m, "galore_8bit", lr=1e-2, rank=32, refresh_every=20, lift=lift)
     compile_blocks(m)

@@ -1,0 +1,202 @@
+"""Steps that are captured and replayed, on a CPU: a stand-in records operations and runs them again.
+
+What it shows is that everything a step needs of the host happens outside the captured part; that CUDA can
+capture it, test_graph_gpu.py shows.
+"""
+
+from contextlib import contextmanager, nullcontext
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+import optim.graph
+from optim import Steps, attach, kernels
+from optim.methods import METHODS
+from tests.mutants import kills
+from tests.tiny import Tiny, batches, flat, keys, summed_loss
+
+STEPS = 14
+METHODS_CAPTURED = [m for m in METHODS if "adapter" not in m]
+
+
+class Recorder(TorchDispatchMode):
+    """In the place of torch.cuda.CUDAGraph. Recording computes, so the replay right after it does nothing."""
+
+    recording = False
+
+    def __init__(self):
+        super().__init__()
+        self.calls, self.fresh = [], True
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        self.calls.append((func, args, kwargs or {}, out))
+        return out
+
+    @torch.no_grad()
+    def replay(self):
+        if self.fresh:
+            self.fresh = False
+            return
+        for func, args, kwargs, out in self.calls:
+            for old, new in zip(tree_leaves(out), tree_leaves(func(*args, **kwargs)), strict=True):
+                if isinstance(old, torch.Tensor) and old.data_ptr() != new.data_ptr():
+                    old.copy_(new.view(old.shape))  # some are squeezed in place later
+
+
+@contextmanager
+def record(graph, *args, **kwargs):
+    Recorder.recording = True
+    try:
+        with graph:
+            yield
+    finally:
+        Recorder.recording = False
+
+
+@pytest.fixture(autouse=True)
+def stand_in(monkeypatch):
+    cuda = optim.graph.torch.cuda
+    monkeypatch.setattr(optim.graph, "REFRESHES", True)
+    monkeypatch.setattr(cuda, "CUDAGraph", Recorder)
+    monkeypatch.setattr(cuda, "graph", record)
+    monkeypatch.setattr(cuda, "graph_pool_handle", lambda: (0, 1))
+    monkeypatch.setattr(cuda, "current_stream", lambda: None)
+    monkeypatch.setattr(Steps, "memory", lambda self: nullcontext())
+    monkeypatch.setattr(kernels, "capturing", lambda device: Recorder.recording)
+
+
+class Training:
+    """Two micro-batches a step, a rate that changes from step to step."""
+
+    def __init__(self, method, wanted, dtype=torch.float64, **settings):
+        self.model = Tiny(dtype=dtype)
+        self.opt = attach(self.model, method, accum_steps=2, **{**keys(method), **settings})
+        self.runner = Steps(self.opt, wanted, 4)
+        self.tokens, self.seen = torch.zeros(12, 6, dtype=torch.int64), []
+
+    def work(self):
+        total = torch.zeros((), dtype=torch.float64)
+        for part in self.tokens.chunk(2):
+            loss = summed_loss(self.model, part) / 60
+            total += loss.detach()
+            loss.backward()
+        return total
+
+    def train(self, steps=STEPS, seed=1):
+        for n, tokens in enumerate(batches(steps, seed)):
+            self.tokens.copy_(tokens)
+            for g in self.opt.param_groups:
+                g["lr"] = 1e-2 / (1 + n)
+            self.seen.append(self.runner.run(self.work))
+
+    def everything(self):
+        state = self.opt.state_dict()["state"]
+        tensors = {f"{name} {k}": t for name, own in state.items() for k, t in own.items()}
+        values = [{k: float(v) for k, v in s.items() if k != "refresh_s" and v == v} for s in self.seen]
+        return {**self.model.state_dict(), **tensors}, values
+
+
+def compare(a, b):
+    (tensors, values), (want, wanted) = a.everything(), b.everything()
+    assert values == wanted
+    for name, t in want.items():
+        assert torch.equal(tensors[name], t), name
+
+
+@kills("optim/graph.py", "                opt.held = graph.held\n", "                pass\n")
+@kills("optim/graph.py", "        opt.load_rates()\n", "")
+@kills(
+    "optim/graph.py",
+    "{k: v.clone() for k, v in graph.written.items()",
+    "{k: v for k, v in graph.written.items()",
+)
+@kills("optim/graph.py", 'loss = graph.written["loss"].clone()', 'loss = graph.written["loss"]')
+@kills("optim/graph.py", "opt.held = self._left(opt.held)", "opt.held = {}")
+@kills(
+    "optim/landing.py", "            if not kernels.capturing(self.scalars.table.device):\n    ", "        "
+)
+@kills("optim/magnitude.py", "if updates % READ == 0:", "if False:")
+@pytest.mark.parametrize("method", METHODS_CAPTURED)
+def test_a_replayed_step_is_the_step(method, monkeypatch):
+    """Weights, state and statistics to the bit, over five rounds of bases."""
+    monkeypatch.setattr("optim.magnitude.READ", 5)
+    sides = [Training(method, wanted) for wanted in (True, False)]
+    for t in sides:
+        t.train()
+    assert set(sides[0].runner.graphs) == ({-1, 0, 1} if sides[0].opt.bases else {-1})
+    assert not sides[1].runner.graphs
+    compare(*sides)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"clip": 0.5},
+        {"clip": 0.5, "clip_mode": "per_layer"},
+        {"clip": 0.5, "update": "after"},
+        {"side": "output"},
+        {"side": "both", "decay": 0.1},
+        {"lift": "deferred"},
+        {"growth_limit": 1.01},
+        {"dtype": torch.bfloat16},
+    ],
+)
+@pytest.mark.parametrize("method", ["galore_8bit", "gradnormlorp"])
+def test_settings_are_replayed_alike(method, settings):
+    if "side" in settings and settings["side"] not in METHODS[method].config.CHOICES["side"]:
+        pytest.skip("no such side")
+    sides = [Training(method, wanted, **settings) for wanted in (True, False)]
+    for t in sides:
+        t.train()
+    assert -1 in sides[0].runner.graphs
+    compare(*sides)
+
+
+@kills("optim/graph.py", "if self.version != opt.version:", "if False:")
+@kills("optim/engine.py", "self.version += 1", "pass")
+def test_graphs_end_where_tensors_are_replaced():
+    sides = [Training("galore_8bit", wanted) for wanted in (True, False)]
+    for t in sides:
+        t.train(7)
+    first = sides[0].runner.graphs[-1]
+    for t in sides:
+        t.model.to(torch.float32).to(torch.float64)  # new storage for everything
+        t.train(7, seed=2)
+    assert sides[0].runner.graphs[-1] is not first
+    compare(*sides)
+
+
+def test_few_graphs_for_many_blocks(monkeypatch):
+    """Beyond MOST passes the steps of refreshes run outside, and beyond it without them all do."""
+    for most, kinds in ((12, {-1, 0, 1}), (11, {-1}), (3, set())):
+        monkeypatch.setattr(optim.graph, "MOST", most)
+        t = Training("galore", True)
+        t.train(9)
+        assert set(t.runner.graphs) == kinds
+
+
+@kills("optim/graph.py", "            opt.zero_grad()\n            self.drop()", "            self.drop()")
+def test_a_step_that_cannot_be_captured_runs_outside_and_says_so(monkeypatch, caplog):
+    sides = [Training("galore", wanted) for wanted in (True, False)]
+
+    @contextmanager
+    def fails(graph, *args, **kwargs):
+        kept = [p.detach().clone() for p in sides[0].model.parameters()]
+        state = [t.clone() for t in tree_leaves(sides[0].opt.state_dict()["state"])]
+        try:
+            yield
+        finally:  # a capture computes nothing
+            for p, old in zip(sides[0].model.parameters(), kept, strict=True):
+                p.data.copy_(old)
+            for t, old in zip(tree_leaves(sides[0].opt.state_dict()["state"]), state, strict=True):
+                t.copy_(old)
+        raise RuntimeError("operation not permitted when stream is capturing\nmore")
+
+    monkeypatch.setattr(optim.graph.torch.cuda, "graph", fails)
+    for t in sides:
+        t.train()
+    assert caplog.text.count("steps run without a CUDA graph") == 1 and not sides[0].runner.graphs
+    assert torch.equal(flat(sides[0].model), flat(sides[1].model))
