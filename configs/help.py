@@ -6,7 +6,7 @@ import textwrap
 from typing import Any
 
 from .groups import GROUPS, group_options
-from .schema import Config, blank, methods
+from .schema import SCHEMAS, Config, blank, methods
 from .values import get, leaves
 
 HEAD = """\
@@ -95,6 +95,15 @@ NATURAL = {
     "optim.history": "projected gradients kept; 0: galore",
     "optim.damping": "over their mean squared norm",
 }
+ADARANK = {
+    "optim.transport": "of moments: rotate_fill, rotate, reset, keep",
+    "optim.adapt_rank": "false: optim.rank throughout",
+    "optim.adapt_refresh": "false: every refresh_every steps",
+    "optim.energy": "of G in a basis, at the least rank",
+    "optim.rank_step": "of ranks; null: rank / 8, 64 at most",
+    "optim.rank_min": "the least; null: half of rank",
+    "optim.monotone": "true: ranks never rise",
+}
 MAGNITUDE = {
     "optim.mag_scale": "magnitudes run at lr * mag_scale",
     "optim.rounding": "of bf16 matrices: stochastic or nearest",
@@ -110,6 +119,7 @@ SECTIONS = {
     "low-rank": LOW_RANK,
     "projected": PROJECTED,
     "natural": NATURAL,
+    "adarank": ADARANK,
     "magnitude": MAGNITUDE,
     "adapter": ADAPTER,
 }
@@ -140,7 +150,7 @@ def help_text() -> str:
             lines.append("")
         others = [n for n in every if n not in names]
         which = min((shortened(names), f"all but {shortened(others)}"), key=len)
-        cfg = blank(names[0])
+        cfg = Config(optim=SCHEMAS["optim"][schema]())
         lines += textwrap.wrap(f"Of {schema} methods, {which}:", 80, break_on_hyphens=False)
         lines += [line(cfg, key, phrases) for key in leaves(cfg) if key in phrases]
     return "\n".join([*lines, "", TAIL])

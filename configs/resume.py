@@ -36,6 +36,12 @@ MAY_CHANGE = (
     "optim.clip",  # and clip_mode
     "optim.growth_limit",
     "optim.damping",
+    "optim.energy",
+    "optim.rank_step",
+    "optim.rank_min",
+    "optim.monotone",
+    "optim.adapt_rank",
+    "optim.adapt_refresh",
     "optim.update",
     "optim.moments",
     "optim.embed_moments",

@@ -15,6 +15,7 @@ from data.config import DataConfig
 from llama.config import ActivationsConfig, ModelConfig, num_block_params, num_params
 from optim.config import (
     AdapterConfig,
+    AdaRankConfig,
     BasisConfig,
     MagnitudeConfig,
     NaturalConfig,
@@ -37,6 +38,7 @@ SCHEMAS: dict[str, dict[str, type]] = {
         "low-rank": BasisConfig,  # of no method by itself
         "projected": ProjectedConfig,
         "natural": NaturalConfig,
+        "adarank": AdaRankConfig,
         "magnitude": MagnitudeConfig,
         "adapter": AdapterConfig,
     },

@@ -34,6 +34,16 @@ class FolderError(ValueError):
 
 def resolve(path: str | Path) -> tuple[Path, Path]:
     """(model folder, tokenizer file) of a run folder, newest complete checkpoint, or of a model folder."""
+    folder, root = model_folder(path), Path(path)
+    if not (root / "tokenizer.model").is_file():
+        raise FolderError(
+            f"{root}: no tokenizer.model there; copy the SentencePiece file the model was trained with"
+        )
+    return folder, root / "tokenizer.model"
+
+
+def model_folder(path: str | Path) -> Path:
+    """The newest complete save of a run folder, or a model folder or save itself."""
     from .checkpoint import complete, latest
 
     root = Path(path)
@@ -51,11 +61,7 @@ def resolve(path: str | Path) -> tuple[Path, Path]:
     elif not (root / "config.json").is_file():
         raise FolderError(f"{root}: neither checkpoints/ nor config.json there; give a run or model folder")
     assert folder is not None
-    if not (root / "tokenizer.model").is_file():
-        raise FolderError(
-            f"{root}: no tokenizer.model there; copy the SentencePiece file the model was trained with"
-        )
-    return folder, root / "tokenizer.model"
+    return folder
 
 
 def read_json(folder: Path, name: str = "config.json") -> dict:

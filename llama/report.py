@@ -20,7 +20,8 @@ from .pretrained import FolderError
 
 USAGE = "usage: python -m llama.report RUN [RUN ...] [out=FOLDER]"
 POINTS = 1500  # of a curve; more cannot be seen
-# A panel: title, key of the rows, logarithmic. A panel whose key no run has is left out.
+# A panel: title, key of the rows, logarithmic. A panel whose key no run has is left out. With a slash at the
+# end every key that begins so is a line, and its values hold until the next.
 PANELS = (
     ("training loss (nats, running mean; dots: validation)", "loss", False),
     ("learning rate", "lr", False),
@@ -28,6 +29,8 @@ PANELS = (
     ("energy captured by the bases", "energy", False),
     ("tokens a second", "tokens_per_s", False),
     ("peak memory (GiB)", "peak_mem_gib", False),
+    ("rank of each basis", "rank/", False),
+    ("saved by lower ranks (MiB)", "saved_mib", False),
 )
 SMOOTH = ("loss", "grad_norm", "energy")
 
@@ -56,6 +59,19 @@ class Series:
             ys = running_mean(ys)
         stride = -(-len(xs) // POINTS)
         return xs[::stride], ys[::stride]
+
+    def lines(self, key: str) -> list[tuple[list[float], list[float]]]:
+        """The curves of a panel."""
+        if not key.endswith("/"):
+            return [c for c in [self.curve(key)] if c[0]]
+        last = self.train[-1]["tokens"]
+        found: dict[str, tuple[list[float], list[float]]] = {}
+        for r in self.train:
+            for name in (k for k in r if k.startswith(key)):
+                xs, ys = found.setdefault(name, ([], []))
+                xs += [r["tokens"], r["tokens"]]
+                ys += [ys[-1] if ys else r[name], r[name]]
+        return [([*xs, last], [*ys, ys[-1]]) for xs, ys in found.values()]
 
     def result(self) -> dict[str, str]:
         """A row of the table: what a reader asks first."""
@@ -122,7 +138,7 @@ def figure(runs: list[Series], to: Path) -> None:
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    panels = [p for p in PANELS if any(r.curve(p[1])[0] for r in runs)]
+    panels = [p for p in PANELS if any(r.lines(p[1]) for r in runs)]
     down = -(-len(panels) // 2)
     fig, grid = plt.subplots(
         down, 2, figsize=(12, 3.4 * down), dpi=110, layout="constrained", squeeze=False, sharex=True
@@ -131,15 +147,15 @@ def figure(runs: list[Series], to: Path) -> None:
         axes.set_visible(False)
     for axes, (title, key, logarithmic) in zip(grid.flat, panels, strict=False):
         for n, run in enumerate(runs):
-            xs, ys = run.curve(key)
-            axes.plot(xs, ys, color=f"C{n}", lw=1.2, label=run.name)
+            for xs, ys in run.lines(key):
+                axes.plot(xs, ys, color=f"C{n}", lw=0.6 if key.endswith("/") else 1.2, label=run.name)
             if key == "loss":
                 dots = [(run.tokens_at.get(r["step"]), r["val_loss"]) for r in run.val if r["step"]]
                 dots = [(x, y) for x, y in dots if x is not None and y is not None]
                 axes.plot([x for x, _ in dots], [y for _, y in dots], "o", color=f"C{n}", ms=4)
         if logarithmic and all(y > 0 for line in axes.lines for y in line.get_ydata()):
             axes.set_yscale("log")
-        elif key in ("tokens_per_s", "peak_mem_gib"):
+        elif key in ("tokens_per_s", "peak_mem_gib", "rank/"):
             axes.set_ylim(bottom=0)
         axes.set_title(title, fontsize=10)
         axes.grid(alpha=0.3)

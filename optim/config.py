@@ -189,6 +189,44 @@ class NaturalConfig(ProjectedConfig):
 
 
 @dataclass
+class AdaRankConfig(ProjectedConfig):
+    """AdaRankGrad: each basis has the rank that its gradient needs, and lives until that has converged."""
+
+    transport: str = "rotate_fill"  # what moments of one rank become in another
+    adapt_rank: bool = True  # False: optim.rank throughout
+    adapt_refresh: bool = True  # False: every refresh_every steps, which else is the longest
+    energy: float = 0.9  # share of the gradient's squared norm that a basis must hold
+    rank_step: int | None = None  # ranks are its multiples; None: an eighth of optim.rank, 64 at most
+    rank_min: int | None = None  # the least rank; None: half of optim.rank
+    monotone: bool = False  # ranks never rise again
+
+    CHOICES: ClassVar[dict[str, tuple[str, ...]]] = ProjectedConfig.CHOICES | {
+        "transport": ("rotate_fill", "rotate", "reset", "keep"),
+    }
+    RANGES: ClassVar[dict[str, tuple[str, str]]] = ProjectedConfig.RANGES | {
+        "energy": ("(0, 1]", "0.9 is usual, 0.77 and 0.52 are the paper's 0.48"),
+        "rank_step": ("[1, 65536]", "null takes an eighth of the rank, 64 at most"),
+        "rank_min": ("[1, 65536]", "null takes half of the rank"),
+    }
+
+    def _clashes(self) -> list[tuple[str, tuple[str, ...], str]]:
+        found = super()._clashes()
+        if self.adapt_rank and self.transport == "keep":
+            text = "moments of one rank are none of another; choose rotate_fill, or optim.adapt_rank=false"
+            found.append(("transport", ("adapt_rank",), text))
+        if self.adapt_refresh and self.refresh == "together":
+            text = "each basis has a time of its own; leave it out, or choose optim.adapt_refresh=false"
+            found.append(("refresh", ("adapt_refresh",), text))
+        if self.rank and self.rank_min and self.rank_min > self.rank:
+            found.append(("rank_min", ("rank",), f"above optim.rank={self.rank}, the largest; choose less"))
+        ignored = [] if self.adapt_rank else ["rank_step", "rank_min", "monotone"]
+        for key in [*ignored, *([] if self.adapt_rank or self.adapt_refresh else ["energy"])]:
+            if getattr(self, key) != getattr(type(self), key):
+                found.append((key, (), "would be ignored with optim.adapt_rank=false; leave it out"))
+        return found
+
+
+@dataclass
 class MagnitudeConfig(ProjectedConfig):
     """Methods that train a matrix as magnitude and direction, a number of each row."""
 
@@ -287,6 +325,11 @@ def default_rank(block_numbers: int, hidden: int) -> int:
         return RANKS[block_numbers]
     quarter = max(1, hidden // 4)
     return quarter if block_numbers <= min(RANKS) else -(-quarter // 64) * 64
+
+
+def default_rank_step(rank: int) -> int:
+    """What ranks are multiples of. Each new one is a new shape for kernels, and 64 keeps their tiles full."""
+    return min(64, max(1, rank // 8))
 
 
 def default_refresh_every(numbers: int) -> int:

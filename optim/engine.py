@@ -30,7 +30,8 @@ import torch
 from torch import Tensor, nn
 
 from . import lift, magnitude, memory, state
-from .config import OptimConfig
+from .adarank import AdaRank
+from .config import AdaRankConfig, OptimConfig
 from .landing import NORM_OF, Landing
 from .layer import unproject
 from .reduce import Reduce
@@ -58,7 +59,9 @@ class Engine(Landing, torch.optim.Optimizer):
                    estimated by the probe where projected), skipped (units), skipped_in_a_row (steps); for
                    projected methods energy (captured share of the squared norm), overlap (of the bases
                    replaced with their predecessors; nan: none was), bases_kept (so far, for a zero or
-                   non-finite gradient) and refresh_s (spent on finding bases)
+                   non-finite gradient) and refresh_s (spent on finding bases); for adarankgrad
+                   effective_rank, memory_reduction (AdaRank.measures), saved_mib (held less than with every
+                   basis at its largest) and, of bases replaced, in the first step of all, AdaRank.layers
     """
 
     def __init__(
@@ -79,7 +82,14 @@ class Engine(Landing, torch.optim.Optimizer):
         self.passes = 2 if cfg.clip_mode == "two_pass" else 1
         self.updates = self.version = 0  # updates: steps done
         self.stats: dict[str, Tensor | float] = {}
-        self.refresher = Refresher(getattr(cfg, "finder", ""), getattr(cfg, "transport", ""), seed, reduce)
+        self._saved: dict[str, float] = {}
+        self.adarank: AdaRank | None = None
+        if isinstance(cfg, AdaRankConfig):
+            self.adarank = AdaRank(bases, len(units), cfg, every, reduce)
+        ranks = self.adarank.ranks if self.adarank else None
+        self.refresher = Refresher(
+            getattr(cfg, "finder", ""), getattr(cfg, "transport", ""), seed, reduce, ranks
+        )
         self._eager = Eager(root)
         self.turns = max((b.turn for b in bases), default=0) + 1
         self.aside: Callable[[], AbstractContextManager[Any]] = nullcontext  # around all work in backward
@@ -116,6 +126,8 @@ class Engine(Landing, torch.optim.Optimizer):
                 layer.moved = self._note_move
         self.version += 1
         self.scalars = Scalars(self.units, self._groups, getattr(self, "scalars", None))
+        if self.adarank:
+            self.adarank.place(self.scalars.table.device, self.scalars.dtype)
         self._plans: dict[tuple[int, ...], Any] = {}
 
     def _note_move(self) -> None:
@@ -139,6 +151,10 @@ class Engine(Landing, torch.optim.Optimizer):
     def _prepare(self) -> None:
         """An empty queue, and the bases that the next step replaces."""
         self._empty()
+        for u in dict.fromkeys(u for b in self.refresher.resized for u in b.units):
+            u.place(self._hook(u))
+        self.version += bool(self.refresher.resized)
+        self.refresher.resized, self.refresher.replaced = [], []
         for b in self.bases:
             together = getattr(self.cfg, "refresh", "") == "together"
             if a := b.units[0].adapter:
@@ -146,7 +162,10 @@ class Engine(Landing, torch.optim.Optimizer):
             else:
                 b.due = due(b.turn, self.turns, self.updates, self.every, self._warmup, together)
             b.arrived = 0
-        self._alone = self.in_backward and len({b.turn for b in self.bases if b.due}) == 1
+        if self.adarank and self.adarank.cfg.adapt_refresh:
+            self.adarank.choose(self.updates, self._warmup)
+        self._tried = [b for b in self.bases if b.due]
+        self._alone = self.in_backward and len({b.turn for b in self._tried}) == 1
         self.refresher.held.clear()
         for u in self.units:
             u.fired = [0] * len(u.fired)
@@ -206,6 +225,8 @@ class Engine(Landing, torch.optim.Optimizer):
         self.stats = {**self.scalars.close(NORM_OF.get(self.cfg.clip_mode, 1))}
         if not self.bases:
             del self.stats["energy"]
+        if self.adarank:
+            self.adarank.note(self.scalars, self.refresher.replaced)
         self._begin.warn()
 
     @torch.no_grad()
@@ -218,6 +239,8 @@ class Engine(Landing, torch.optim.Optimizer):
                 "bases_kept": float(self.refresher.kept),
                 "refresh_s": self.refresher.seconds(),
             }
+        if self.adarank:
+            self.stats |= self._adapt(self.adarank)
         self._eager.leave()
         self.updates += 1
         for a in self.adapters:
@@ -225,12 +248,23 @@ class Engine(Landing, torch.optim.Optimizer):
         magnitude.read_back(self.units, self.updates)
         self._prepare()
 
+    def _adapt(self, a: AdaRank) -> dict[str, float]:
+        """What this step meant for the lives of bases; statistics."""
+        a.begin(self._tried, self.updates)
+        a.look(self.updates)
+        done = self.updates + 1
+        if self.refresher.resized or not self._saved:
+            self._saved = {"saved_mib": memory.saved(self) / 2**20}
+        shown = self.bases if done == 1 else self.refresher.replaced
+        return a.measures(done) | self._saved | a.layers(shown, done)
+
     @property
     def kind(self) -> int | None:
-        """Steps of one kind launch the same: -1, no basis is replaced in it; n, those of block n are, at its
-        end; None, any other."""
+        """Steps of one kind launch the same: -1, no basis is replaced in it; n, those of block n are, all at
+        its end; None, any other."""
         due = {b.turn for b in self.bases if b.due}
-        if not self.updates or self._moved or due and (not self._alone or self.adapters):
+        part = any(not b.due for b in self.bases if b.turn in due)
+        if part or not self.updates or self._moved or due and (not self._alone or self.adapters):
             return None
         return due.pop() if due else -1
 
@@ -277,6 +311,7 @@ class Engine(Landing, torch.optim.Optimizer):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Copies into place; ValueError names a parameter of missing, unknown or differently shaped state."""
         state.restore(self, state_dict)
+        self._saved = {}
         self._eager.leave()
         self._prepare()
 

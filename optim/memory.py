@@ -59,6 +59,9 @@ def entries(e: Engine) -> list[Entry]:
         add("bases", len(b.qs) * b.r, b.qs.dtype)
         add("probe S", len(b.qs) * b.k, b.qs.dtype)
         add("probe Q^T S", b.r * b.k, b.qs.dtype)
+    if e.adarank:  # average, reference, threshold; below, and which units a basis has
+        add("scalars", 3 * len(e.bases), wide)
+        add("scalars", (1 + n) * len(e.bases), torch.bool)
     # table of 8, t, two squares, two numbers of all; two rates of each group
     add("scalars", (8 + 1 + 2) * n + 2 + 2 * len(e.param_groups), wide)
     add("scalars", n, torch.int64)  # param group of each
@@ -66,10 +69,12 @@ def entries(e: Engine) -> list[Entry]:
     return [Entry(what, numel, dtype) for (what, dtype), numel in found.items() if numel]
 
 
-def state_of(u: Unit) -> list[Entry]:
+def state_of(u: Unit, shape: tuple[int, ...] | None = None) -> list[Entry]:
     """Moments of one unit: R's numbers in their store, a scale for 256 of a row, the column scale; s Rs of
-    a history, likewise, with the s x s inner products, the next one's place and their number."""
-    shape, wide = u.shape, wide_of(u)
+    a history, likewise, with the s x s inner products, the next one's place and their number.
+
+    shape: of R; None: as it is."""
+    shape, wide = shape or u.shape, wide_of(u)
     rows, cols = (shape[0], shape[1]) if len(shape) == 2 else (1, shape[0])
     out = []
     for name in u.rule.moments:
@@ -84,7 +89,7 @@ def state_of(u: Unit) -> list[Entry]:
             out.append(Entry("history scales", s * rows * -(-cols // QUANT), torch.float32))
         out += [Entry("history's products", s * s, wide), Entry("history's places", 2, torch.int64)]
     if u.store == "int8" and u.q and out:
-        out.append(Entry("column scale", u.q.r, torch.float32))
+        out.append(Entry("column scale", cols, torch.float32))
     if "grown" in u.state:
         out.append(Entry("scalars", 1, wide))
     if u.deferred:
@@ -98,6 +103,16 @@ def state_of(u: Unit) -> list[Entry]:
         out += [Entry("magnitudes mag, n", 2 * rows, wide), Entry("moments of mag", 2 * rows, wide)]
         out += [Entry("row factors", len(u.param), wide)] if u.p else []
     return out
+
+
+def saved(e: Engine) -> int:
+    """Bytes that bases and state take less than with every basis at its largest rank."""
+    total = sum((b.most - b.r) * (len(b.qs) + b.k) * b.qs.dtype.itemsize for b in e.bases)
+    for u in (u for u in e.units if u.projected):
+        rows, cols = u.shape
+        largest = (u.p.most if u.p else rows, u.q.most if u.q else cols)
+        total += sum(x.bytes for x in state_of(u, largest)) - sum(x.bytes for x in state_of(u))
+    return total
 
 
 def wide_of(u: Unit) -> torch.dtype:
@@ -125,6 +140,9 @@ def table(e: Engine) -> str:
             shared = len(u.q.units) if u.q else 1
             side = "both" if u.q and u.p else "input" if u.q else "output"
             basis, rank = side + (f":{shared}" if shared > 1 else ""), str(min(b.r for b in u.bases))
+            ranks = [min(b.r for b in v.bases) for v in units]
+            if len(set(ranks)) > 1:  # the mean
+                rank = f"~{sum(ranks) / len(ranks):.0f}"
         elif u.why:
             basis = "none (1)"
         g = e.param_groups[group[id(u.param)]]
@@ -159,7 +177,16 @@ def memory(e: Engine) -> list[str]:
     out = textwrap.wrap(f"{'held':<10}{sum(sums.values()):.2f} GiB: {parts}", 80, subsequent_indent=" " * 10)
     if e.bases:
         shared = "" if e.adapters else "; input:n is one for n weights"
-        out.append(f"bases     {len(e.bases)}, replaced every {e.every} steps{shared}")
+        a = e.adarank
+        lazy = a is not None and a.cfg.adapt_refresh
+        when = f"{a.least} to {e.every} steps old" if a and lazy else f"every {e.every} steps"
+        out.append(f"bases     {len(e.bases)}, replaced {when}{shared}")
+        if lazy:
+            out.append("          each when the gradient in it has converged")
+        if a and a.cfg.adapt_rank:
+            steps = " or ".join(map(str, sorted({a.step(b) for b in e.bases})))
+            share = f"{a.cfg.energy:.0%} of its gradient's square"
+            out.append(f"          rank: least multiple of {steps} that holds {share}")
         if not e.adapters:
             out.append(f"          grad_norm is estimated without bias from {PROBE} random columns")
     if late := sum(b.units[0].deferred for b in e.bases):

@@ -10,7 +10,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
-from .config import AdapterConfig, MagnitudeConfig, NaturalConfig, OptimConfig, ProjectedConfig
+from .config import AdapterConfig, AdaRankConfig, MagnitudeConfig, NaturalConfig, OptimConfig, ProjectedConfig
 from .rules import Rule
 from .rules.adam import Adam
 from .rules.natural import Natural
@@ -46,6 +46,8 @@ METHODS = {
     "gradnormlorp_adapter": Method(adam, AdapterConfig, {"refresh_every": 250}),
     "gradnormlorp_adapter_8bit": Method(adam, AdapterConfig, {"refresh_every": 250, "moments": "int8"}),
     "galore_sgd": Method(lambda cfg: Sgd(), ProjectedConfig, {"scale": 50.0}),
+    "adarankgrad": Method(adam, AdaRankConfig),
+    "adarankgrad_8bit": Method(adam, AdaRankConfig, {"moments": "int8"}),
     "natural_galore": Method(natural, NaturalConfig),
     "natural_galore_8bit": Method(natural, NaturalConfig, {"moments": "int8"}),
 }

@@ -41,10 +41,16 @@ def due(turn: int, turns: int, update: int, every: int, warmup: int, together: b
 
 
 class Refresher:
-    """Finds new bases. `overlaps` and `kept` are of the step in progress, `seconds` since last read."""
+    """Finds new bases. `overlaps` and `replaced` are of the step in progress, `seconds` since last read."""
 
-    def __init__(self, finder: str, transport: str, seed: int, reduce: Reduce) -> None:
+    def __init__(
+        self, finder: str, transport: str, seed: int, reduce: Reduce,
+        ranks: Callable[[Basis], subspace.Ranks | None] | None = None,  # of the basis after this one
+    ) -> None:  # fmt: skip
         self.finder, self.transport, self.seed, self.reduce = finder, transport, seed, reduce
+        self.ranks = ranks
+        self.replaced: list[Basis] = []
+        self.resized: list[Basis] = []  # since their units were placed
         self.held: Held = {}
         self.overlaps: list[Tensor] = []
         self.kept = 0  # bases not replaced for a gradient that is zero or not finite, ever
@@ -90,18 +96,23 @@ class Refresher:
                     self.finder,
                     subspace.mix(self.seed, b.index, b.count, 2),
                     first=b.fresh,
+                    ranks=self.ranks(b) if self.ranks else None,
                 )
                 q, outcome = found.q.to(b.qs.dtype).contiguous(), found.outcome
             if self.reduce.world > 1:
-                told = torch.tensor([outcome], device=q.device)
+                told = torch.tensor([outcome, q.shape[1]], device=q.device)
                 self.reduce.from_owner_(told, owner)
+                outcome, r = told.tolist()
+                q = q if q.shape[1] == r else q.new_empty(b.n, r)
                 self.reduce.from_owner_(q, owner)
-                outcome = int(told)
             if outcome == subspace.KEPT:
                 self.kept += 1
                 return []
             self.fallbacks += outcome == subspace.FALLBACK
             first, b.fresh, b.count = b.fresh, False, b.count + 1
+            self.replaced.append(b)
+            if q.shape[1] != b.r:
+                self.resized.append(b)
             b.replace_(q, self.seed)
             c = old.t() @ q.to(wide)
             self.overlaps.append(subspace.overlap(c))
@@ -124,6 +135,7 @@ class Refresher:
             return
         yes, dim = torch.ones((), device=c.device), -1 if b.side == "input" else 0
         values = {k: moments.load(u.state, k, c.dtype) for k in u.rule.stored}
+        u.resize()
         if d is not None:
             u.state["d"].copy_(d)
         for k, x in values.items():

@@ -16,13 +16,9 @@ from .unit import Unit, local
 if TYPE_CHECKING:
     from .engine import Engine
 
-FLOATS = {
-    "qs",
-    "w0",
-    "c",
-    "i",
-    "j",
-}  # in the weights' dtype or a basis', which a card and a CPU choose unlike
+# In the weights' dtype or a basis', which a card and a CPU choose unlike.
+FLOATS = {"qs", "w0", "c", "i", "j"}
+LIVES = "bases"  # numbers of all bases, in their order
 ENGINE = "engine"  # beside parameters' names and "input NAME", "output NAME" of bases
 
 
@@ -40,6 +36,8 @@ def collect(e: Engine) -> dict[str, dict[str, Tensor]]:
         found[b.name] = {"qs": b.own, "count": torch.tensor(b.count), "fresh": torch.tensor(int(b.fresh))}
     for a in e.adapters:
         found[a.name] = a.saved()
+    if e.adarank:
+        found[LIVES] = e.adarank.saved()
     r = e.refresher
     found[ENGINE] = {"norm": e.scalars.norm.clone(), "in_a_row": e.scalars.in_a_row.clone()}
     found[ENGINE] |= {
@@ -59,7 +57,65 @@ def restore(e: Engine, saved: dict[str, Any]) -> None:
 
     Moments in another store are converted, a history with them; a growth limit or what a deferred lift
     keeps may come or go."""
-    state, mine = saved["state"], collect(e)
+    state = saved["state"]
+    if e.adarank:
+        _resize(e, state)
+    else:
+        _check(e, state)
+    for u in e.units:
+        same = _moments(u, state[u.name])
+        for key, tensor in u.trim(u.state).items():
+            if key in state[u.name].keys() - _stored(u) - lift.SAVED:
+                tensor.copy_(state[u.name][key])
+            elif key == "grown":  # no limit before
+                tensor.zero_()
+        if not same:
+            u.rule.moved_(u.state, True, partial(e.reduce.sum_parts, u.param))
+        e.scalars.t[u.index] = state[u.name]["t"]
+    for b in e.bases:
+        b.load_(*(state[b.name][k] for k in ("qs", "count", "fresh")))
+    for u in e.units:
+        if u.deferred:
+            lift.load_(u, state[u.name])
+    for a in e.adapters:
+        a.load_(state[a.name])
+    if e.adarank:
+        e.adarank.load_(state[LIVES])
+        e.refresher.resized += e.bases
+    own, r = state[ENGINE], e.refresher
+    e.scalars.norm.copy_(own["norm"])
+    e.scalars.in_a_row.copy_(own["in_a_row"])
+    e.updates, e.seed = int(own["updates"]), int(own["seed"])
+    for a in e.adapters:
+        a.seed = e.seed
+    r.seed, r.kept, r.fallbacks = e.seed, int(own["kept"]), int(own["fallbacks"])
+    for g, there in zip(e.param_groups, saved.get("param_groups", []), strict=False):
+        g |= {k: v for k, v in there.items() if k != "params"}
+
+
+def _resize(e: Engine, state: dict[str, dict[str, Tensor]]) -> None:
+    """Checks, and makes room for a save whose bases have other ranks, which they may."""
+    bases = [(b, b.r, b.qs, b.cross) for b in e.bases]
+    units = [(u, dict(u.state)) for u in e.units if u.projected]
+    try:
+        for b in e.bases:
+            r = state[b.name]["qs"].shape[-1] - b.k if "qs" in state.get(b.name, {}) else b.r
+            if 1 <= r <= b.most:
+                b.resize(r)
+        for u, _ in units:
+            u.resize()
+        _check(e, state)
+    except ValueError:
+        for b, r, qs, cross in bases:
+            b.r, b.qs, b.cross = r, qs, cross
+        for u, kept in units:
+            u.state |= kept
+        raise
+
+
+def _check(e: Engine, state: dict[str, dict[str, Tensor]]) -> None:
+    """ValueError names what of a saved state is missing, unknown or of another shape or kind."""
+    mine = collect(e)
     for name in sorted(state.keys() ^ mine.keys()):
         raise ValueError(f"optimizer state of {name}: in only one of the save and this model")
     stored = {u.name: {*_stored(u), "grown", *(lift.SAVED if u.layers else ())} for u in e.units}
@@ -86,32 +142,6 @@ def restore(e: Engine, saved: dict[str, Any]) -> None:
         kinds = {str(kept[key].dtype) for kept in state.values() if key in kept}
         if not kinds <= {"torch.float64", "torch.float32", "torch.bfloat16"} or len(kinds) > 1:
             raise ValueError(f"optimizer state {key}: saved as {' and '.join(sorted(kinds))}")
-    for u in e.units:
-        same = _moments(u, state[u.name])
-        for key, tensor in u.trim(u.state).items():
-            if key in state[u.name].keys() - _stored(u) - lift.SAVED:
-                tensor.copy_(state[u.name][key])
-            elif key == "grown":  # no limit before
-                tensor.zero_()
-        if not same:
-            u.rule.moved_(u.state, True, partial(e.reduce.sum_parts, u.param))
-        e.scalars.t[u.index] = state[u.name]["t"]
-    for b in e.bases:
-        b.load_(*(state[b.name][k] for k in ("qs", "count", "fresh")))
-    for u in e.units:
-        if u.deferred:
-            lift.load_(u, state[u.name])
-    for a in e.adapters:
-        a.load_(state[a.name])
-    own, r = state[ENGINE], e.refresher
-    e.scalars.norm.copy_(own["norm"])
-    e.scalars.in_a_row.copy_(own["in_a_row"])
-    e.updates, e.seed = int(own["updates"]), int(own["seed"])
-    for a in e.adapters:
-        a.seed = e.seed
-    r.seed, r.kept, r.fallbacks = e.seed, int(own["kept"]), int(own["fallbacks"])
-    for g, there in zip(e.param_groups, saved.get("param_groups", []), strict=False):
-        g |= {k: v for k, v in there.items() if k != "params"}
 
 
 def _blank(u: Unit, store: str) -> dict[str, Tensor]:

@@ -36,6 +36,22 @@ LIMIT = 1e-5  # on the entries of Q^T Q - I; fp32 reaches 1e-6 at 11008 x 1024
 ROWS = 1024  # of G are cast at a time
 
 
+class Ranks(NamedTuple):
+    """A rank by energy: the least multiple of `step` in [least, most] that holds the share `energy` of
+    ||G||^2, else `most`. AdaRankGrad (arXiv 2410.17881), Eq. 2; adarank.py says where Algorithm 2 differs."""
+
+    energy: float
+    step: int
+    least: int
+    most: int
+
+    def choose(self, held: list[float]) -> int:
+        """held[i]: the share in the i + 1 leading directions; `most` numbers."""
+        first = -(-self.least // self.step) * self.step
+        enough = (r for r in range(first, self.most, self.step) if held[r - 1] >= self.energy)
+        return next(enough, self.most)
+
+
 class Found(NamedTuple):
     q: Tensor  # (n, r) fp32 or float64, orthonormal columns
     outcome: int  # FOUND | FALLBACK: Householder QR, or not the finder asked for | KEPT: q is the old basis
@@ -76,7 +92,9 @@ def random_basis(n: int, r: int, seed: int, device: torch.device | str, dtype: t
 
 
 @ieee()
-def find(gs: list[Tensor], old: Tensor, finder: str, seed: int, first: bool = False) -> Found:
+def find(
+    gs: list[Tensor], old: Tensor, finder: str, seed: int, first: bool = False, ranks: Ranks | None = None
+) -> Found:
     """A basis of the r leading right singular vectors of the stack of `gs`.
 
     gs      (out_i, n) of any float dtype, on one device
@@ -85,11 +103,14 @@ def find(gs: list[Tensor], old: Tensor, finder: str, seed: int, first: bool = Fa
     seed    of the randomized finder
     first   `old` is random: the largest entry of each column is made positive. Otherwise the diagonal of
             old^T q is, so that moments keep their sign
+    ranks   r is chosen, and the columns are in the order of G's energy along them, largest first;
+            None: r is old's
 
     The old basis stays (KEPT) where G holds a NaN or an infinity, is all zero, or nothing worked. The host
     waits for the device once, at the end; "svd" and "randomized" wait inside too.
     """
     q_old = old.to(_wide(*gs, old))
+    start = q_old if ranks is None else _widened(q_old, ranks.most, seed)
     top = _largest(gs, q_old.dtype)
     # Products are of G / max|G|, so that no norm overflows or vanishes; the factor goes to the thin side.
     inverse = 1 / top.clamp(min=torch.finfo(q_old.dtype).tiny)
@@ -98,19 +119,25 @@ def find(gs: list[Tensor], old: Tensor, finder: str, seed: int, first: bool = Fa
         infos: list[Tensor] = []
         try:
             if attempt == "svd":
-                q = _svd(gs, q_old, inverse)
+                q = _svd(gs, start, inverse)
             elif attempt == "randomized":
-                q = _randomized(gs, q_old, inverse, seed)
+                q = _randomized(gs, start, inverse, seed)
             else:
-                q = _iterate(gs, q_old, inverse, ITERATIONS, infos if attempt == "warm" else None)
+                q = _iterate(gs, start, inverse, ITERATIONS, infos if attempt == "warm" else None)
+            held = q.new_empty(0)
+            if ranks is not None:
+                q, held = _ordered(gs, q, inverse)
         except torch.linalg.LinAlgError:  # no convergence, or G holds a NaN
             continue
-        signed = q * _signs(q, None if first else q_old)
+        signed = q * _signs(q, None if first or ranks is not None else q_old)
         flags = [top, _error(q), *infos]
-        largest, error, *failed = torch.stack([f.to(q.dtype) for f in flags]).tolist()  # the wait
+        told = torch.cat([torch.stack([f.to(q.dtype) for f in flags]), held]).tolist()  # the wait
+        largest, error, *failed = told[: len(flags)]
         if not 0 < largest < float("inf"):
             break
         if error <= LIMIT and not any(failed):
+            if ranks is not None:
+                signed = signed[:, : ranks.choose(told[len(flags) :])]
             return Found(signed, FOUND if attempt == finder else FALLBACK)
     return Found(q_old, KEPT)
 
@@ -163,6 +190,30 @@ def _complete(v: Tensor, s: Tensor, old: Tensor, size: int) -> Tensor:
     return _orthonormal(_unit(v), [])  # `old` may have come from bf16, 2e-3 off
 
 
+def _widened(q: Tensor, r: int, seed: int) -> Tensor:
+    """(n, r): the columns of q (n, fewer or as many), then random ones orthogonal to them and each other."""
+    more = gaussian(q.shape[0], r - q.shape[1], seed, q.device, q.dtype)
+    return torch.linalg.qr(torch.cat([q, more], 1)).Q if more.shape[1] else q
+
+
+def _ordered(gs: list[Tensor], q: Tensor, inverse: Tensor) -> tuple[Tensor, Tensor]:
+    """q (n, r) turned within its span so that G's energies along the columns fall, and are uncorrelated; and
+    the shares of ||G||^2 in the first, the first two, ... (r,). Squaring R loses what is below 1e-7 of it."""
+    r = _right(gs, q * inverse)
+    energies, turn = torch.linalg.eigh(r.t() @ r)
+    total = torch.stack([torch.linalg.vector_norm(g, dtype=torch.float64) * inverse for g in gs])
+    held = energies.flip(0).clamp(min=0).double().cumsum(0) / total.square().sum()
+    return _polished(q @ turn.flip(1)), held.to(q.dtype)
+
+
+def _polished(x: Tensor) -> Tensor:
+    """Columns that are nearly orthonormal, once more so: Newton-Schulz' step to the polar factor squares the
+    error."""
+    correction = (x.t() @ x).mul_(-0.5)
+    correction.diagonal().add_(1.5)
+    return x @ correction
+
+
 def _unit(x: Tensor, least: float = 0.0) -> Tensor:
     """x with columns of norm 1; those whose norm is below `least` of the largest stay as much smaller.
 
@@ -178,8 +229,8 @@ def _orthonormal(x: Tensor, infos: list[Tensor] | None, rough: bool = False) -> 
     None: Householder QR. rough: well conditioned, as far as damping lets it, but not orthonormal.
 
     x L^-T by a triangular solve: at 4096 x 1024, G of rank 400, 0.50 ms on an H100 and an error of 4e-5. With
-    L^-1 formed first it is 0.61 ms and 7e-4. The last step is Newton-Schulz' for the polar factor, which
-    squares the error: two products, where a third factor would take 1.2 ms.
+    L^-1 formed first it is 0.61 ms and 7e-4. The last step is two products, where a third factor would take
+    1.2 ms.
     """
     r, u = x.shape[1], torch.finfo(x.dtype).eps / 2
     if infos is None:  # with fewer rows than columns the last columns are 0
@@ -190,11 +241,7 @@ def _orthonormal(x: Tensor, infos: list[Tensor] | None, rough: bool = False) -> 
         factor, info = torch.linalg.cholesky_ex(gram)
         infos.append(info)
         x = torch.linalg.solve_triangular(factor.t(), x, upper=True, left=False)
-    if rough:
-        return x
-    correction = (x.t() @ x).mul_(-0.5)
-    correction.diagonal().add_(1.5)
-    return x @ correction
+    return x if rough else _polished(x)
 
 
 def _signs(q: Tensor, old: Tensor | None) -> Tensor:

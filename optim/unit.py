@@ -24,6 +24,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import torch
+import torch._dynamo
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
@@ -61,6 +62,11 @@ class Basis:
     fresh: bool = True  # random, or of a factor that began anew: the next one owes it nothing
     due: bool = False  # this step replaces it
     arrived: int = 0  # of its units, on its refresh step
+    most: int = field(init=False)  # its rank at the start, and the largest
+    varies: bool = False  # its rank may change
+
+    def __post_init__(self) -> None:
+        self.most = self.r
 
     @property
     def own(self) -> Tensor:
@@ -91,17 +97,28 @@ class Basis:
 
     def begin(self, seed: int, device: torch.device, dtype: torch.dtype) -> None:
         """A random basis and probe; on the meta device shapes only."""
-        rows = self.units[0].param.shape[self.side == "input"]
-        self.qs = torch.zeros(rows, self.r + self.k, dtype=dtype, device=device)
-        self.cross = torch.empty(self.r, self.k, dtype=dtype, device=device)
+        self._allocate(device, dtype)
         if device.type != "meta":
             wide = torch.promote_types(dtype, torch.float32)
             self.replace_(
                 subspace.random_basis(self.n, self.r, subspace.mix(seed, self.index), device, wide), seed
             )
 
+    def _allocate(self, device: torch.device, dtype: torch.dtype) -> None:
+        rows = self.units[0].param.shape[self.side == "input"]
+        self.qs = torch.zeros(rows, self.r + self.k, dtype=dtype, device=device)
+        self.cross = torch.empty(self.r, self.k, dtype=dtype, device=device)
+
+    def resize(self, r: int) -> None:
+        """Room for another rank. Leaves and layers have the old tensors until their unit is placed again."""
+        if r != self.r:
+            self.r = r
+            self._allocate(self.qs.device, self.qs.dtype)
+
     def replace_(self, q: Tensor, seed: int) -> None:
-        """Q (n, r) wide, and a new draw of S, in place: a compiled forward may hold the tensor."""
+        """Q (n, r) wide, and a new draw of S, in place unless r is another: a compiled forward may hold the
+        tensor."""
+        self.resize(q.shape[1])
         self.own[:, : self.r].copy_(q)
         if self.k:
             wide = torch.promote_types(self.qs.dtype, torch.float32)
@@ -187,9 +204,7 @@ class Unit:
         w = self.w
         wide = torch.promote_types(w.dtype, torch.float32)
         self.state.clear()
-        self.state |= self.rule.begin(self.store, self.shape, w.device, wide)
-        if self.q and self.store == "int8" and self.rule.moments:
-            self.state["d"] = torch.ones(self.q.r, device=w.device)
+        self.state |= self._blank()
         if self.limit and self.projected:
             self.state["grown"] = torch.zeros((), dtype=wide, device=w.device)
         if self.mag:  # magnitude.begin sets mag and n
@@ -199,6 +214,22 @@ class Unit:
                 self.state["factor"] = w.new_ones(len(self.param), dtype=wide)  # the layer's, with padding
         if self.deferred:
             lift.begin(self, wide)
+
+    def _blank(self) -> dict[str, Tensor]:
+        """What the rule and its store keep, zeros."""
+        w = self.w
+        wide = torch.promote_types(w.dtype, torch.float32)
+        state = self.rule.begin(self.store, self.shape, w.device, wide)
+        if self.q and self.store == "int8" and self.rule.moments:
+            state["d"] = torch.ones(self.q.r, device=w.device)
+        return state
+
+    def resize(self) -> None:
+        """New tensors, zeros, for what does not fit a basis of another rank."""
+        blank = self._blank()
+        if self.q and "c" in self.state:  # folded before
+            blank["c"] = self.param.detach().new_zeros(len(self.param), self.q.r)
+        self.state |= {k: t for k, t in blank.items() if t.shape != self.state[k].shape}
 
     def place(self, hook: Callable[[Tensor, int], None]) -> None:
         """Leaves on the weight's device in its dtype, with their hooks; again whenever it has moved."""
@@ -228,6 +259,9 @@ class Unit:
                 layer.probe = self.leaves[1] if self.q and self.p and self.q.k else None
                 layer.q = self.q.qs if self.q else None
                 layer.p = self.p.qs if self.p else None
+            for b in self.bases:
+                if b.varies:
+                    self._vary(b)
         else:
             self.leaves = [self.param]
         self.fired = [0] * (len(self.leaves) + 1)
@@ -235,6 +269,13 @@ class Unit:
         self.hooks = [
             leaf.register_post_accumulate_grad_hook(lambda p, n=n: hook(p, n)) for n, leaf in enumerate(every)
         ]
+
+    def _vary(self, b: Basis) -> None:
+        """A compiled block takes any rank of this basis, and is not compiled anew for another."""
+        torch._dynamo.mark_dynamic(b.qs, 1)
+        torch._dynamo.mark_dynamic(self.leaves[0], 1 if b.side == "input" else 0)
+        if "c" in self.state:
+            torch._dynamo.mark_dynamic(self.state["c"], 1)
 
     def active(self) -> list[int]:
         """Which entries of `fired` count in this step."""

@@ -534,8 +534,8 @@ def stored(t):
 @pytest.mark.parametrize("name", ["9m", "60m", "130m", "350m", "1b", "7b"])
 @kills(
     "optim/unit.py",
-    'self.state["d"] = torch.ones(self.q.r, device=w.device)',
-    'self.state["d"] = torch.ones(2 * self.q.r, device=w.device)',
+    'state["d"] = torch.ones(self.q.r, device=w.device)',
+    'state["d"] = torch.ones(2 * self.q.r, device=w.device)',
 )
 @kills("optim/attach.py", 'p.ndim < 2 and store == "int8"', "False")
 @kills("optim/memory.py", 'add("bases", len(b.qs) * b.r,', 'add("bases", len(b.qs) * b.k,')

@@ -20,6 +20,7 @@ from configs.values import get, leaves, put
 from llama.config import num_block_params, num_params
 from optim.config import (
     AdapterConfig,
+    AdaRankConfig,
     BasisConfig,
     NaturalConfig,
     OptimConfig,
@@ -200,14 +201,15 @@ def test_values_keep_what_was_typed() -> None:
 
 
 def test_methods_are_the_group_files() -> None:
-    low = ["galore", "galore_8bit", "galore_sgd"]
+    ada = ["adarankgrad", "adarankgrad_8bit"]
+    low = [*ada, "galore", "galore_8bit", "galore_sgd"]
     magnitudes = ["gradnormlorp", "gradnormlorp_8bit"]
     adapters = ["gradnormlorp_adapter", "gradnormlorp_adapter_8bit"]
     naturals = ["natural_galore", "natural_galore_8bit"]
     assert methods("adamw") == ["adamw", "adamw_8bit", *low, *magnitudes, *adapters, *naturals]
     assert methods("low-rank") == [*low, *magnitudes, *adapters, *naturals]
     assert methods("projected") == [*low, *magnitudes, *naturals] and methods("magnitude") == magnitudes
-    assert methods("adapter") == adapters and methods("natural") == naturals
+    assert methods("adapter") == adapters and methods("natural") == naturals and methods("adarank") == ada
     for name in group_options("optim"):
         cfg = parse([f"optim={name}"])
         assert cfg.optim.name == name and cfg.optim.moments == ("int8" if "8bit" in name else "fp32")
@@ -228,10 +230,9 @@ def test_keys_of_projected_methods() -> None:
     for argv in (["optim.rank=64"], ["optim=adamw_8bit", "optim.rank=64"], ["++optim.rank=64"]):
         (line,) = problems_of(argv)
         assert (
-            line
-            == "optim.rank=64: belongs to low-rank methods; choose optim=galore, galore_8bit, galore_sgd, "
-            "gradnormlorp, gradnormlorp_8bit, gradnormlorp_adapter, gradnormlorp_adapter_8bit, "
-            "natural_galore or natural_galore_8bit"
+            line == "optim.rank=64: belongs to low-rank methods; choose optim=adarankgrad, adarankgrad_8bit, "
+            "galore, galore_8bit, galore_sgd, gradnormlorp, gradnormlorp_8bit, gradnormlorp_adapter, "
+            "gradnormlorp_adapter_8bit, natural_galore or natural_galore_8bit"
         )
     (line,) = problems_of(["optim=galore", "optim.history=2"])
     assert line.endswith("natural methods; choose optim=natural_galore or natural_galore_8bit")
@@ -242,7 +243,7 @@ def test_keys_of_projected_methods() -> None:
     (line,) = problems_of(["optim=galore", "optim.merge_every=9"])
     assert line.endswith("adapter methods; choose optim=gradnormlorp_adapter or gradnormlorp_adapter_8bit")
     (line,) = problems_of(["optim=gradnormlorp_adapter", "optim.side=output"])
-    assert "projected methods; choose optim=galore, " in line and "adapter" not in line
+    assert "projected methods; choose optim=adarankgrad, " in line and "adapter" not in line
     (line,) = problems_of(["optim=galore", "optim.mag_scale=1"])
     assert "magnitude methods; choose optim=gradnormlorp, " in line and "gradnormlorp_adapter" in line
     first, second, third = problems_of(["optim.rank=64", "stepz=3", "optim.beta1=2"])
@@ -261,7 +262,7 @@ def test_a_recipe_may_choose_a_projected_method(folder: Path) -> None:
     cfg = parse(["experiment=mine", "optim.side=both"], folder)
     assert isinstance(cfg.optim, ProjectedConfig) and (cfg.optim.rank, cfg.optim.side) == (7, "both")
     (line,) = problems_of(["experiment=mine", "optim=adamw"], folder)
-    assert line.startswith(f"{path}: optim.rank=7: belongs to low-rank methods; choose optim=galore, ")
+    assert line.startswith(f"{path}: optim.rank=7: belongs to low-rank methods; choose optim=adarankgrad, ")
     path = folder / "experiment" / "wrong.yaml"
     path.write_text(text.format("many"))
     (line,) = problems_of(["experiment=wrong"], folder)
@@ -472,7 +473,7 @@ def test_a_run_folder_knows_its_method(tmp_path: Path) -> None:
     path.write_text("optim:\n  name: galore\n  rank: 12\n")
     assert from_yaml(path).optim == ProjectedConfig(name="galore", rank=12)
     path.write_text("optim:\n  name: adamw\n  rank: 12\n")
-    assert problem().startswith(f"{path}: optim.rank=12: belongs to low-rank methods; choose optim=galore, ")
+    assert problem().startswith(f"{path}: optim.rank=12: belongs to low-rank methods; choose optim=adarank")
     for name in ("galor", "../model/llama_7b", "null"):
         path.write_text(f"optim:\n  name: {name}\n")
         assert problem().startswith(f"{path}: optim.name={name.replace('null', 'None')}: no such method; ")
@@ -559,6 +560,7 @@ def test_help_fits_and_names_everything() -> None:
         Config(optim=ProjectedConfig()),
         Config(optim=NaturalConfig()),
         Config(optim=AdapterConfig()),
+        Config(optim=AdaRankConfig()),
     ):
         for key in leaves(cfg):
             if key in ("optim.name", "data.name"):

@@ -50,6 +50,26 @@ def test_values_of_natural_galore_outside_their_ranges() -> None:
             assert line.startswith(f"{key}={value}: ")
 
 
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        ("optim.transport=keep", "optim.adapt_rank=false"),
+        ("optim.transport=auto", "rotate_fill"),
+        ("optim.refresh=together", "optim.adapt_refresh=false"),
+        ("optim.energy=0", "(0, 1]"),
+        ("optim.energy=1.1", "(0, 1]"),
+        ("optim.rank=8 optim.rank_min=9", "rank_min=9: above optim.rank=8"),
+        ("optim.adapt_rank=false optim.rank_step=2", "rank_step=2: would be ignored"),
+        ("optim.adapt_rank=false optim.adapt_refresh=false optim.energy=0.5", "energy=0.5: would be ignored"),
+    ],
+)
+def test_settings_of_adarankgrad_that_cannot_be_meant(given: str, said: str) -> None:
+    (line,) = problems_of(["optim=adarankgrad", *given.split()])
+    assert said in line
+    parse(["optim=adarankgrad", "optim.adapt_rank=false", "optim.transport=keep"])
+    parse(["optim=adarankgrad_8bit", "optim.adapt_refresh=false", "optim.refresh=together"])
+
+
 def test_keys_of_other_methods_give_one_line_with_those_that_have_them() -> None:
     for arg, key, value in INVALID:
         if key not in PROJECTED or not arg.startswith(f"{key}="):
@@ -60,11 +80,12 @@ def test_keys_of_other_methods_give_one_line_with_those_that_have_them() -> None
         for method in ("adamw", "adamw_8bit"):
             (line,) = problems_of([f"optim={method}", f"{key}=1"])
             assert line in (
-                f"{key}=1: belongs to low-rank methods; choose optim=galore, galore_8bit, galore_sgd, "
-                "gradnormlorp, gradnormlorp_8bit, gradnormlorp_adapter, gradnormlorp_adapter_8bit, "
+                f"{key}=1: belongs to low-rank methods; choose optim=adarankgrad, adarankgrad_8bit, "
+                "galore, galore_8bit, galore_sgd, gradnormlorp, gradnormlorp_8bit, gradnormlorp_adapter, "
+                "gradnormlorp_adapter_8bit, natural_galore or natural_galore_8bit",
+                f"{key}=1: belongs to projected methods; choose optim=adarankgrad, adarankgrad_8bit, "
+                "galore, galore_8bit, galore_sgd, gradnormlorp, gradnormlorp_8bit, "
                 "natural_galore or natural_galore_8bit",
-                f"{key}=1: belongs to projected methods; choose optim=galore, galore_8bit, galore_sgd, "
-                "gradnormlorp, gradnormlorp_8bit, natural_galore or natural_galore_8bit",
             )
 
 

@@ -4,7 +4,8 @@ import json
 
 import pytest
 
-from llama import report
+from llama import metrics, report
+from tests.mutants import kills
 
 CONFIG = "optim:\n  name: {}\n  lr: {}\nsteps: {}\nrun:\n  name: {}\n"
 
@@ -57,6 +58,26 @@ def test_curves_are_thinned_smoothed_and_skip_what_is_missing(tmp_path):
     assert len(xs) == len(ys) <= report.POINTS and xs[0] == 100 and None not in ys
     assert abs(ys[len(ys) // 2] - (6 - xs[len(ys) // 2] / 100 / 20)) < 0.05
     assert run.curve("energy") == ([], []) and run.curve("lr")[1][-1] == 0.001
+
+
+@kills("llama/report.py", "ys += [ys[-1] if ys else r[name], r[name]]", "ys += [r[name], r[name]]")
+@kills("llama/report.py", "[([*xs, last], [*ys, ys[-1]])", "[(xs, ys)")
+def test_ranks_are_steps(tmp_path):
+    run = folder(tmp_path / "a", done=30)
+    rows = metrics.read(run / "metrics.jsonl")
+    for row in rows:
+        if "loss" in row:
+            row["saved_mib"] = row["step"] / 10
+            row |= {1: {"rank/a": 8.0, "rank/b": 8.0}, 10: {"rank/b": 4.0}, 20: {"rank/b": 6.0}}.get(
+                row["step"], {}
+            )
+    (run / "metrics.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
+    series = report.Series(run)
+    a, b = series.lines("rank/")
+    assert a == ([100, 100, 3000], [8, 8, 8])
+    assert b == ([100, 100, 1000, 1000, 2000, 2000, 3000], [8, 8, 8, 4, 4, 6, 6])
+    assert [len(series.lines(key)) for key in ("saved_mib", "energy", "none/")] == [1, 0, 0]
+    assert report.main([str(run)]) == 0
 
 
 def test_a_folder_without_configuration_is_shown(tmp_path):

@@ -190,11 +190,18 @@ class Oracle:
         g = g @ q if q is not None else g
         return p.T @ g if p is not None else g
 
+    def ranks(self, b):
+        """How the rank of the basis after b is chosen: not."""
+
+    def due(self, b):
+        e = self.engine
+        return due(b.turn, e.turns, self.step_number, e.every, 0, e.cfg.refresh == "together")
+
     def refresh(self, b):
         gs = [self.named[u.name].grad if b.side == "input" else self.named[u.name].grad.T for u in b.units]
         old, cfg = self.q[b.name], self.engine.cfg
         seed = subspace.mix(self.engine.seed, b.index, self.found[b.name], 2)
-        found = subspace.find(gs, old, cfg.finder, seed, first=self.found[b.name] == 0)
+        found = subspace.find(gs, old, cfg.finder, seed, self.found[b.name] == 0, self.ranks(b))
         policy = cfg.transport
         if policy == "auto":
             first = self.found[b.name] == 0
@@ -220,9 +227,9 @@ class Oracle:
 
     @torch.no_grad()
     def step(self):
-        e, n = self.engine, self.step_number
+        e = self.engine
         for b in e.bases:
-            if due(b.turn, e.turns, n, e.every, 0, e.cfg.refresh == "together"):
+            if self.due(b):
                 self.refresh(b)
         for u in e.units:
             w, lr = self.named[u.name], e.cfg.lr * u.scale
