@@ -24,7 +24,8 @@ from . import kernels
 from .engine import Engine
 
 log = logging.getLogger("subspan")
-EAGER = 2  # steps before a capture: they compile the model, and make what lasts
+EAGER = 2  # steps of this process before a capture: they compile the model, and make what lasts
+QUIET = 20  # and after tensors were replaced, which may go on: a capture costs as much as two of them
 REFRESHES = (
     False  # capture their steps too: right on a CPU stand-in (tests/test_graph.py), not yet seen on a GPU
 )
@@ -47,7 +48,8 @@ class Steps:
         self.opt, self.wanted = opt, wanted and passes <= MOST
         self.refreshes = REFRESHES and passes * (1 + opt.turns) <= MOST
         self.graphs: dict[int, Graph] = {}  # by Engine.kind
-        self.version = 0  # of the optimizer that they belong to
+        self.version = opt.version  # that they belong to
+        self.wait = EAGER  # steps until one may be captured
         self.static: list[Tensor] = []  # where they leave whole gradients
         self.pool: Any = None
 
@@ -58,8 +60,9 @@ class Steps:
         opt = self.opt
         if self.version != opt.version:
             self.drop()
+            self.wait = QUIET
         kind = opt.kind
-        if not self.wanted or opt.updates < EAGER or kind is None or kind >= 0 and not self.refreshes:
+        if not self.wanted or self.wait or kind is None or kind >= 0 and not self.refreshes:
             return self._outside(work)
         opt.load_rates()
         fresh = kind not in self.graphs
@@ -81,6 +84,7 @@ class Steps:
         self.graphs, self.static, self.pool, self.version = {}, [], None, self.opt.version
 
     def _outside(self, work: Callable[[], Tensor]) -> dict[str, Tensor | float]:
+        self.wait = max(0, self.wait - 1)
         with self.memory():
             loss = work()
         loss = loss.clone()  # out of the graphs' memory

@@ -153,17 +153,34 @@ def test_settings_are_replayed_alike(method, settings):
 
 
 @kills("optim/graph.py", "if self.version != opt.version:", "if False:")
+@kills("optim/graph.py", "self.wait = QUIET", "pass")
 @kills("optim/engine.py", "self.version += 1", "pass")
-def test_graphs_end_where_tensors_are_replaced():
+def test_graphs_end_where_tensors_are_replaced(monkeypatch):
+    monkeypatch.setattr(optim.graph, "QUIET", 6)
     sides = [Training("galore_8bit", wanted) for wanted in (True, False)]
     for t in sides:
         t.train(7)
     first = sides[0].runner.graphs[-1]
     for t in sides:
         t.model.to(torch.float32).to(torch.float64)  # new storage for everything
-        t.train(7, seed=2)
+        t.train(6, seed=2)
+    assert not sides[0].runner.graphs
+    for t in sides:
+        t.train(6, seed=3)
     assert sides[0].runner.graphs[-1] is not first
     compare(*sides)
+
+
+@kills("optim/graph.py", "self.wait = EAGER", "self.wait = 0")
+def test_a_process_that_goes_on_runs_two_steps_before_it_captures():
+    one, two = Training("galore", True), Training("galore", True)
+    one.train(9)
+    two.model.load_state_dict(one.model.state_dict())
+    two.opt.load_state_dict(one.opt.state_dict())
+    two.train(2)
+    assert not two.runner.graphs
+    two.train(2, seed=2)
+    assert two.runner.graphs
 
 
 def test_few_graphs_for_many_blocks(monkeypatch):
