@@ -81,7 +81,8 @@ class Run:
         )
         self.held_out = comm.node_first(self.dataset.validation)
         self.model = build_model(cfg.model, comm.device, self.dtype, cfg.seed)
-        self.model.checkpoint_blocks(cfg.activations.checkpoint)
+        kept = cfg.activations
+        self.model.checkpoint_blocks(kept.checkpoint, kept.recompute == "down")
         if cfg.model.init_from and not source:
             with named(cfg):
                 pretrained.load_weights(self.model, Path(cfg.model.init_from))
@@ -94,10 +95,12 @@ class Run:
                 group=comm.group,
                 reduce="sum" if comm.group else None,
                 tokens=cfg.tokens_per_step // comm.world,
+                velora=kept.layers and optim.Velora(kept.names, kept.size, kept.init or "average"),
                 **{k: v for k, v in vars(cfg.optim).items() if k not in ("name", "lr_range")},
             )
         except ValueError as e:  # what only the model shows: a rank that no matrix exceeds
-            raise ConfigError([f"optim.{line}" for line in str(e).splitlines()]) from e
+            lines = str(e).splitlines()
+            raise ConfigError([x if x.startswith("activations.") else f"optim.{x}" for x in lines]) from e
         self.opt.warmup_steps = round(cfg.optim.warmup * self.steps)
         saved = self.restore_newest(source)
         self.start = saved.get("step", 0)
@@ -147,6 +150,10 @@ class Run:
         self.valid.fill_(valid)
         for here, t in zip(self.batch, (batch.x, batch.y), strict=True):
             here.copy_(t, non_blocking=True)
+        if self.opt.unseen:
+            with self.opt.observing(), self.precision():
+                for x in self.batch[0].split(self.cfg.micro_batch):
+                    self.model.model(x)
         values = self.runner.run(self.micro_batches)
         self.position = batch.state
         self.comm.sum_(values["loss"])  # type: ignore[arg-type]

@@ -68,6 +68,10 @@ PHRASES = {
     "optim.lr_range": "true: a short run that finds an lr",
     "model.init_from": "start from a Hugging Face folder",
     "activations.checkpoint": "share of blocks computed again in backward",
+    "activations.recompute": "none or down: its input, again in backward",
+    "activations.layers": "VeLoRA's, as [v,down]; null: none",
+    "activations.group": "numbers of a sub-token; null: about 32",
+    "activations.init": "average, svd or random; null: average",
 }
 # Likewise for keys that only low-rank methods have, or with another default.
 LOW_RANK = {

@@ -52,6 +52,7 @@ MAY_CHANGE = (
     "optim.transport",
     "optim.merge_every",
     "activations.checkpoint",
+    "activations.recompute",
 )
 
 

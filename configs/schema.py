@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from data.config import DataConfig
-from llama.config import ActivationsConfig, ModelConfig, num_block_params, num_params
+from llama.config import LAYERS, ActivationsConfig, ModelConfig, num_block_params, num_params
 from optim.config import (
     AdapterConfig,
     AdaRankConfig,
@@ -21,6 +21,7 @@ from optim.config import (
     NaturalConfig,
     OptimConfig,
     ProjectedConfig,
+    Velora,
     default_lr,
     default_rank,
     default_refresh_every,
@@ -159,6 +160,7 @@ class Config:
                 f"activations.checkpoint={share}: less than one block with model.num_hidden_layers={layers}; "
                 f"give {math.ceil(1000 / layers) / 1000} or more, or 0"
             )
+        found += self._velora_problems()
         if self.optim.lr_range:
             for key, off in (("spike", "off"), ("profile", False)):
                 if getattr(self, key) != off:
@@ -176,6 +178,25 @@ class Config:
             self.accumulation(1)
         except ConfigError as error:
             found += error.problems
+        return found
+
+    def _velora_problems(self) -> list[str]:
+        """What VeLoRA does not go with: the shapes, unless a folder will give them, and the method."""
+        kept, model = self.activations, self.model
+        if kept.layers is None:
+            return []
+        how = Velora(kept.names, kept.size)
+        found = how.clashes(self.optim)
+        try:
+            for name in [] if model.init_from else kept.names:
+                how.size(name, model.intermediate_size if name == "down" else model.hidden_size)
+        except ValueError as e:
+            found.append(str(e))
+        if isinstance(self.optim, BasisConfig) and set(kept.names) == set(LAYERS):
+            found.append(
+                f"activations.layers={kept.layers}: leaves no matrix to {self.optim.name}; "
+                "choose optim=adamw, or fewer layers"
+            )
         return found
 
     def accumulation(self, world: int) -> int:
@@ -218,6 +239,7 @@ class Config:
         """A copy with the nulls that depend on the model filled: steps, run.name, optim's."""
         cfg = copy.deepcopy(self)
         size = num_params(cfg.model)
+        cfg.activations.group = cfg.activations.size
         if cfg.optim.lr_range:
             cfg.steps = cfg.steps or LR_RANGE_STEPS
             cfg.run.name = f"{cfg.run.name}_lr_range" if cfg.run.name else None

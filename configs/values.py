@@ -140,13 +140,25 @@ def _flat(tree: dict[Any, Any], prefix: str = "") -> dict[str, Any]:
     return flat
 
 
+def _whole(values: dict[str, Any], known: dict[str, Any]) -> dict[str, Any]:
+    """`values` with a mapping that is the value of a key, as activations.group's may be, in one again."""
+    whole: dict[str, Any] = {}
+    for key, value in values.items():
+        head, _, name = key.rpartition(".")
+        if key not in known and known.get(head) is Any:
+            whole.setdefault(head, {})[name] = value
+        else:
+            whole[key] = value
+    return whole
+
+
 def apply(cfg: Any, values: dict[str, Any], elsewhere: Callable[[str], str]) -> list[str]:
     """Put key -> value into `cfg`, one by one; returns a line for each unknown key or wrong type.
 
     `elsewhere` may say more than "no such key" about a key that `cfg` lacks.
     """
     known, found = leaves(cfg), []
-    for key, value in values.items():
+    for key, value in _whole(values, known).items():
         if key not in known:
             reason = elsewhere(key) or f"no such key; {nearest(key, list(known)) or 'see --help'}"
             found.append(f"{show(key)}={show(value)}: {reason}")

@@ -6,7 +6,8 @@ table of addresses, and each program finds its tensor and tile in it. Bytes move
 written, gradient read, two moments read and written), bf16 weights: 22 with fp32 moments, 14 with bf16, 10
 with 8 bit.
 
-direction_kernel turns one projected gradient into a direction: 8 bytes a number in bf16 with 8-bit moments.
+direction_kernel turns one projected gradient into a direction, or both parts of it: 8 bytes a number in bf16
+with 8-bit moments.
 
 A program's tile is TILE numbers as (BLOCKS, WIDTH): in 8 bit a row of it is one quant block.
 """
@@ -35,6 +36,7 @@ DIRECTION_VARIANTS = [  # gradient, result, moments, with a column scale
     for moment in DTYPES
     for scaled in ((False, True) if moment == torch.int8 else (False,))
 ]
+PARTS_VARIANTS = [(grad, moment) for grad in (torch.bfloat16, torch.float32) for moment in DTYPES]
 
 
 @triton.jit
@@ -118,12 +120,11 @@ def _step(
     rest1,
     beta2,
     rest2,
-    eps,
     MOMENT: tl.constexpr,
     SCALED: tl.constexpr,
     MASKED: tl.constexpr,
 ):
-    """A tile's direction; its moments are read, updated and written."""
+    """Both parts of a tile's direction, top / (below + eps); its moments are read, updated and written."""
     if MOMENT == tl.int8:
         m = number(_load(m_ptr + at, mask, MASKED), True)
         v = number(_load(v_ptr + at, mask, MASKED), False)
@@ -140,7 +141,8 @@ def _step(
     m = beta1 * m + rest1 * g
     v = beta2 * v + rest2 * g * g
     root = tl.sqrt(v)  # the one square root a number: the direction's and the code's
-    direction = (m * (1 / tl.load(row + 6))) / (root * (1 / tl.sqrt(tl.load(row + 7))) + eps)
+    top = m * (1 / tl.load(row + 6))
+    below = root * (1 / tl.sqrt(tl.load(row + 7)))
     if MOMENT == tl.int8:
         if SCALED:
             inverse = 1 / d
@@ -161,7 +163,7 @@ def _step(
             v = ((v.to(tl.int32, bitcast=True) + noise) & -65536).to(tl.float32, bitcast=True)
         _write(m_ptr + at, m.to(MOMENT), mask, MASKED)
         _write(v_ptr + at, v.to(MOMENT), mask, MASKED)
-    return direction
+    return top, below
 
 
 @triton.jit
@@ -171,11 +173,11 @@ def _dense(
 ):  # fmt: skip
     w = _read(w_ptr + at, mask, MASKED)
     g = _read(g_ptr + at, mask, MASKED)
-    direction = _step(
-        g, m_ptr, v_ptr, m_scale, v_scale, g, at, mask, unit, inside, row, beta1, rest1, beta2, rest2, eps,
+    top, below = _step(
+        g, m_ptr, v_ptr, m_scale, v_scale, g, at, mask, unit, inside, row, beta1, rest1, beta2, rest2,
         MOMENT, False, MASKED,
     )  # fmt: skip
-    w = w * tl.load(row + 1) - tl.load(row) * direction
+    w = w * tl.load(row + 1) - tl.load(row) * (top / (below + eps))
     _write(w_ptr + at, w.to(WEIGHT), mask, MASKED)
 
 
@@ -234,7 +236,7 @@ def adam_kernel(
 @triton.jit
 def direction_kernel(
     g_ptr,  # (rows, cols), of row stride `stride`
-    n_ptr,  # (rows, cols) contiguous as the moments, written
+    n_ptr,  # (rows, cols) contiguous as the moments, written; PARTS: (2, rows, cols) fp32
     m_ptr,
     v_ptr,
     m_scale,
@@ -251,24 +253,33 @@ def direction_kernel(
     eps,
     MOMENT: tl.constexpr,
     SCALED: tl.constexpr,
+    PARTS: tl.constexpr,
     EVEN: tl.constexpr,  # WIDTH divides cols
     BLOCKS: tl.constexpr,
     WIDTH: tl.constexpr,
 ):
     line, col, inside, mask, at, unit = tile(rows, cols, EVEN, BLOCKS, WIDTH)
+    second = (line + rows).to(tl.int64)[:, None] * cols + col[None, :]  # where PARTS
     if tl.load(row + 3) > 0:
         if SCALED:
             d = tl.load(d_ptr + col, mask=col < cols, other=1.0)[None, :]
         else:
             d = 0.0
         g = _read(g_ptr + line.to(tl.int64)[:, None] * stride + col[None, :], mask, True)
-        direction = _step(
+        top, below = _step(
             g, m_ptr, v_ptr, m_scale, v_scale, d, at, mask, unit, inside, row,
-            beta1, rest1, beta2, rest2, eps, MOMENT, SCALED, True,
+            beta1, rest1, beta2, rest2, MOMENT, SCALED, True,
         )  # fmt: skip
+        if PARTS:
+            tl.store(n_ptr + second, below, mask=mask)
+            direction = top
+        else:
+            direction = top / (below + eps)
         tl.store(n_ptr + at, (-tl.load(row) * direction).to(n_ptr.dtype.element_ty), mask=mask)
     else:  # nothing is read, so no NaN can leak
         tl.store(n_ptr + at, tl.zeros((BLOCKS, WIDTH), n_ptr.dtype.element_ty), mask=mask)
+        if PARTS:
+            tl.store(n_ptr + second, tl.zeros((BLOCKS, WIDTH), n_ptr.dtype.element_ty), mask=mask)
 
 
 def columns(shape: torch.Size, moment: torch.dtype) -> int:
@@ -313,9 +324,15 @@ def launch(
 
 
 def launch_direction(
-    g: Tensor, state: dict[str, Tensor], h: Tensor, beta1: float, beta2: float, eps: float, dtype: torch.dtype
+    g: Tensor,
+    state: dict[str, Tensor],
+    h: Tensor,
+    beta1: float,
+    beta2: float,
+    eps: float | None,  # None: both parts (2, rows, cols), which it would join
+    dtype: torch.dtype,
 ) -> Tensor:
-    n = torch.empty(g.shape, dtype=dtype, device=g.device)
+    n = torch.empty(g.shape if eps is not None else (2, *g.shape), dtype=dtype, device=g.device)
     moment, d = state["m"].dtype, state.get("d")
     (rows, cols), stride = g.shape, g.stride(0)
     if (
@@ -331,7 +348,8 @@ def launch_direction(
     if g.numel():
         direction_kernel[grid](
             g, n, state["m"], state["v"], state.get("m_scale"), state.get("v_scale"), d, h,
-            rows, cols, stride, beta1, 1 - beta1, beta2, 1 - beta2, eps, MOMENT=DTYPES[moment],
-            SCALED=d is not None, EVEN=cols % width == 0, BLOCKS=blocks, WIDTH=width, num_warps=WARPS,
+            rows, cols, stride, beta1, 1 - beta1, beta2, 1 - beta2, eps or 0.0,
+            MOMENT=DTYPES[moment], SCALED=d is not None, PARTS=eps is None, EVEN=cols % width == 0,
+            BLOCKS=blocks, WIDTH=width, num_warps=WARPS,
         )  # fmt: skip
     return n

@@ -190,10 +190,34 @@ def _magnitude() -> Case:
     return Case("magnitude", make, call, lambda x: 12 * size(x["s"]))
 
 
+def _parts() -> Case:
+    def make(rows: int, cols: int, device: torch.device) -> dict[str, Any]:
+        g = random(device, rows, cols, seed=2)
+        return {"g": g, "state": state(device, rows, cols, "int8"), "h": row(device)}
+
+    def call(x: dict[str, Any], impl: Impl) -> Any:
+        return dispatch.adam_parts(x["g"], x["state"], x["h"], *BETAS[:2], impl=impl)
+
+    return Case("parts_int8", make, call, lambda x: 5 * size(x["g"]) + 2 * size(*x["state"].values()))
+
+
+def _grouped() -> Case:
+    def make(rows: int, cols: int, device: torch.device) -> dict[str, Any]:
+        many = next(m for m in (32, 30, 1) if cols % m == 0)
+        parts = random(device, 2, rows, cols // many, dtype=torch.float32, seed=1).abs() * 1e-2
+        d = torch.nn.functional.normalize(random(device, many, seed=2), dim=0)
+        return {"w": random(device, rows, cols), "parts": parts, "d": d}
+
+    def call(x: dict[str, Any], impl: Impl) -> Any:
+        dispatch.grouped_(x["w"], x["parts"], x["d"], BETAS[2], None, impl=impl)
+
+    return Case("grouped", make, call, lambda x: 2 * size(x["w"]) + size(x["parts"]))
+
+
 CASES = {
     c.name: c
     for c in (
         *map(_adam, STORES), *map(_direction, STORES), _rescale(), _squares(), _probe(), _cross_entropy(),
-        _rows(), _tangent(), _row_sums(), _magnitude(),
+        _rows(), _tangent(), _row_sums(), _magnitude(), _parts(), _grouped(),
     )
 }  # fmt: skip

@@ -34,7 +34,7 @@ REPEATS = 20
 def shape_of(name: str) -> tuple[int, int]:
     if name == "cross_entropy":
         return LOGITS
-    return WIDE if name.startswith(("adam", "rows")) else NARROW
+    return WIDE if name.startswith(("adam", "rows", "grouped")) else NARROW
 
 
 def far(a: Tensor, b: Tensor) -> float:

@@ -99,17 +99,46 @@ def adam_direction(
     impl: Impl = "auto",
 ) -> Tensor:
     """reference.adam_direction, same arguments: (rows, cols) contiguous, -lr times Adam's direction."""
+    if _choose_direction(g, state, h, dtype, impl) == "ref":
+        return reference.adam_direction(g, state, h, beta1, beta2, eps, dtype)
+    from . import adam
+
+    return adam.launch_direction(g, state, h, beta1, beta2, eps, dtype)
+
+
+def adam_parts(g: Tensor, state: State, h: Tensor, beta1: float, beta2: float, impl: Impl = "auto") -> Tensor:
+    """reference.adam_parts, same arguments, as of adam_direction: (2, rows, cols) contiguous."""
+    if _choose_direction(g, state, h, torch.float32, impl) == "ref":
+        return reference.adam_parts(g, state, h, beta1, beta2)
+    from . import adam
+
+    return adam.launch_direction(g, state, h, beta1, beta2, None, torch.float32)
+
+
+def _choose_direction(g: Tensor, state: State, h: Tensor, dtype: torch.dtype, impl: Impl) -> str:
     problem = ""
     if g.dtype not in FLOATS or dtype not in FLOATS:
         problem = f"{g.dtype} to {dtype}"
     elif g.ndim != 2 or g.stride(1) != 1:
         problem = "a gradient whose rows are not contiguous"
-    tensors = [h, *state.values()]
-    if choose(tensors, impl, (*FLOATS, torch.int8, torch.uint8), problem) == "ref":
-        return reference.adam_direction(g, state, h, beta1, beta2, eps, dtype)
-    from . import adam
+    return choose([h, *state.values()], impl, (*FLOATS, torch.int8, torch.uint8), problem)
 
-    return adam.launch_direction(g, state, h, beta1, beta2, eps, dtype)
+
+def grouped_(
+    w: Tensor, parts: Tensor, direction: Tensor, eps: float, keep: Tensor | None, impl: Impl = "auto"
+) -> None:
+    """reference.grouped_, same arguments: the update of a VeLoRA weight."""
+    problem = f"dtype {parts.dtype} of the parts" if parts.dtype != torch.float32 else ""
+    if parts.ndim != 3:
+        problem = "a step that is not in parts"
+    elif w.dtype not in FLOATS or w.stride(1) != 1:
+        problem = f"{w.dtype} weights whose rows may not be contiguous"
+    if choose([parts, direction], impl, FLOATS, problem) == "ref":
+        reference.grouped_(w, parts, direction, eps, keep)
+    else:
+        from . import grouped
+
+        grouped.launch(w, parts, direction, eps, keep)
 
 
 def rescale_(state: State, names: tuple[str, ...], d: Tensor, impl: Impl = "auto") -> None:

@@ -36,35 +36,33 @@ class Column(IntEnum):
 
 
 def adam_core(
-    g: Tensor,  # gradient, fp32 or float64, before clipping
-    m: Tensor,  # first moment, of g's shape and dtype
-    v: Tensor,  # second moment, likewise
+    g: Tensor,  # gradient, any float dtype, before clipping
+    state: dict[str, Tensor],  # "m" and "v" of g's shape, in place
     h: Tensor,  # (8,) fp32 or float64: Column
     beta1: float,
     beta2: float,
-    eps: float,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Direction and fresh moments: Kingma and Ba, Algorithm 1.
+    wide: torch.dtype,
+) -> tuple[Tensor, Tensor]:
+    """Both parts of Adam's direction, top / (root + eps): Kingma and Ba, Algorithm 1.
 
-    m <- b1 m + (1 - b1) g;  v <- b2 v + (1 - b2) g^2;  direction = (m / fix1) / (sqrt(v) / sqrt(fix2) + eps)
+    m <- b1 m + (1 - b1) g;  v <- b2 v + (1 - b2) g^2;  top = m / fix1;  root = sqrt(v) / sqrt(fix2)
 
-    eps is added to the corrected root, as in the paper and in torch.optim.AdamW.
+    eps is added to the corrected root, as in the paper and in torch.optim.AdamW. The fresh moments are used
+    before they are rounded.
     """
-    g = g * h[Column.CLIP]
+    m, v, g = load(state, "m", wide), load(state, "v", wide), g.to(wide) * h[Column.CLIP]
     m = beta1 * m + (1 - beta1) * g
     v = beta2 * v + (1 - beta2) * g * g
-    return (m / h[Column.FIX1]) / (torch.sqrt(v) / torch.sqrt(h[Column.FIX2]) + eps), m, v
+    for name, value in (("m", m), ("v", v)):
+        save_(state, name, value, h[Column.OK], h[Column.T], h[Column.INDEX])
+    return m / h[Column.FIX1], torch.sqrt(v) / torch.sqrt(h[Column.FIX2])
 
 
 def _direction(
     g: Tensor, state: dict[str, Tensor], h: Tensor, beta1: float, beta2: float, eps: float, wide: torch.dtype
 ) -> Tensor:
-    """adam_core on a stored state, which it updates. The fresh moments are used before they are rounded."""
-    m, v = load(state, "m", wide), load(state, "v", wide)
-    direction, m, v = adam_core(g.to(wide), m, v, h, beta1, beta2, eps)
-    for name, value in (("m", m), ("v", v)):
-        save_(state, name, value, h[Column.OK], h[Column.T], h[Column.INDEX])
-    return direction
+    top, root = adam_core(g, state, h, beta1, beta2, wide)
+    return top / (root + eps)
 
 
 def adam(
@@ -99,6 +97,38 @@ def adam_direction(
     wide = torch.promote_types(g.dtype, torch.float32)
     direction = _direction(g, state, h, beta1, beta2, eps, wide)
     return torch.where(h[Column.OK] > 0, -h[Column.LR] * direction, 0.0).to(dtype)
+
+
+def adam_parts(
+    g: Tensor,  # (rows, cols), any float dtype and strides
+    state: dict[str, Tensor],  # in place
+    h: Tensor,  # (8,) fp32 or float64: Column
+    beta1: float,
+    beta2: float,
+) -> Tensor:
+    """(2, rows, cols) fp32 (float64 g: float64): -lr top and root, for grouped_; zero and the state untouched
+    where ok is 0."""
+    parts = torch.stack(adam_core(g, state, h, beta1, beta2, torch.promote_types(g.dtype, torch.float32)))
+    parts[0] *= -h[Column.LR]
+    return torch.where(h[Column.OK] > 0, parts, 0.0)
+
+
+def grouped_(
+    w: Tensor,  # (rows, groups size) any float dtype, rows that may lie apart; in place
+    parts: Tensor,  # (2, rows, groups) wide: adam_parts; or (rows, groups) any float dtype: a step A itself
+    direction: Tensor,  # (size,) any float dtype: d
+    eps: float,
+    keep: Tensor | None,  # 0-dim wide: 1 - lr * decay; None without decay
+) -> None:
+    """W <- keep W + U, rounded once: U[o, j size + q] = top[o, j] d[q] / (root[o, j] |d[q]| + eps), which is
+    -lr times Adam's direction for gradients A (x) d, whatever eps; or A[o, j] d[q]."""
+    wide = torch.promote_types(w.dtype, torch.float32)
+    d = direction.to(wide)
+    if parts.ndim == 2:
+        u = parts.to(wide)[:, :, None] * d
+    else:
+        u = parts[0, :, :, None] * d / (parts[1, :, :, None] * d.abs() + eps)
+    w.copy_((w if keep is None else w.to(wide) * keep) + u.flatten(1))
 
 
 def squares(

@@ -128,10 +128,11 @@ def magnitude_kernel(
     if tl.load(row + 3) > 0:
         mag = _divisor(old, least)
         s = tl.load(s_ptr + at, mask=mask, other=0.0)
-        direction = _step(
+        top, below = _step(
             s, m_ptr, v_ptr, m_ptr, v_ptr, s, at, mask, unit, inside, row,
-            beta1, rest1, beta2, rest2, eps, tl.float32, False, True,
+            beta1, rest1, beta2, rest2, tl.float32, False, True,
         )  # fmt: skip
+        direction = top / (below + eps)
         new = tl.load(row + 1) * old - tl.load(row) * direction * rate
         along = tl.load(sums_ptr + at, mask=mask, other=0.0)
         square = tl.load(sums_ptr + rows + at, mask=mask, other=0.0)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 from dataclasses import dataclass
+from typing import Any
 
 
 @dataclass
@@ -80,17 +81,77 @@ class ModelConfig:
         return found
 
 
+LAYERS = ("q", "k", "v", "o", "gate", "up", "down")  # matrices of a block
+
+
 @dataclass
 class ActivationsConfig:
     checkpoint: float = 0.0  # share of blocks, the first ones, that are computed again in backward
+    recompute: str = "none"  # none | down: the input of down, from gate and up, in the other blocks
+    layers: Any = None  # VeLoRA's, a name or a list of LAYERS; None: no VeLoRA
+    group: Any = None  # numbers of a sub-token, one or {layer: number}; None: about 32, by the layer's width
+    init: str | None = None  # of its direction: average | svd | random; None: average
+
+    @property
+    def names(self) -> list[str]:
+        """VeLoRA's layers."""
+        return [] if self.layers is None else self.layers if isinstance(self.layers, list) else [self.layers]
+
+    @property
+    def size(self) -> Any:
+        """`group`, of which a command line gives the text."""
+        text = isinstance(self.group, str) and self.group.isascii() and self.group.isdigit()
+        return int(self.group) if text and len(self.group) < 6 else self.group
 
     def problems(self) -> list[str]:
-        if 0 <= self.checkpoint <= 1:
-            return []
-        return [
-            f"activations.checkpoint={self.checkpoint}: outside [0, 1]; "
-            "it is a share of blocks, 0 keeps every activation"
-        ]
+        found = []
+        if not 0 <= self.checkpoint <= 1:
+            found.append(
+                f"activations.checkpoint={self.checkpoint}: outside [0, 1]; "
+                "it is a share of blocks, 0 keeps every activation"
+            )
+        if self.recompute not in ("none", "down"):
+            found.append(f"activations.recompute={self.recompute}: no such choice; choose none or down")
+        elif self.recompute == "down" and self.checkpoint == 1:
+            found.append(
+                "activations.recompute=down: would be ignored with activations.checkpoint=1.0, which "
+                "computes all of every block again; leave out one of them"
+            )
+        return found + self._velora_problems()
+
+    def _velora_problems(self) -> list[str]:
+        found = []
+        if self.layers is None:
+            for key in ("group", "init"):
+                if getattr(self, key) is not None:
+                    found.append(
+                        f"activations.{key}={getattr(self, key)}: would be ignored without VeLoRA; "
+                        "add activations=velora or leave it out"
+                    )
+            return found
+        if not self.names or any(name not in LAYERS for name in self.names):
+            found.append(
+                f"activations.layers={self.layers}: not names of layers; choose of [{','.join(LAYERS)}], "
+                "or null for no VeLoRA"
+            )
+        elif len(set(self.names)) < len(self.names):
+            found.append(f"activations.layers={self.layers}: a name stands twice; write each once")
+        sizes = self.size if isinstance(self.size, dict) else {None: self.size}
+        if self.group is not None and (
+            not sizes or any(type(m) is not int or not 1 <= m <= 65536 for m in sizes.values())
+        ):
+            found.append(
+                f"activations.group={self.group}: not a number of 1 to 65536, nor {{layer:number}} of such; "
+                "null is usual"
+            )
+        elif isinstance(self.group, dict) and (others := [n for n in self.group if n not in self.names]):
+            found.append(
+                f"activations.group={self.group}: {others[0]} is not in activations.layers={self.layers}; "
+                "add it there or leave it out"
+            )
+        if self.init not in ("average", "svd", "random", None):
+            found.append(f"activations.init={self.init}: no such choice; choose average, svd, random or null")
+        return found
 
 
 # key: lowest, highest, what to do. The upper ends are far beyond any published LLaMA (405B: hidden 16384,

@@ -108,9 +108,16 @@ class MLP(nn.Module):
                 layer.weight = nn.Parameter(F.pad(layer.weight.detach(), pad))
             self.register_state_dict_post_hook(_without_padding)
             self.register_load_state_dict_pre_hook(_with_padding)
+        self.recomputed = False  # in training down's input is computed again in backward, to the bit
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+        gate, up = self.gate_proj(x), self.up_proj(x)
+        if self.recomputed and torch.is_grad_enabled():
+            return checkpoint(self._down, gate, up, use_reentrant=False, preserve_rng_state=False)
+        return self._down(gate, up)
+
+    def _down(self, gate: Tensor, up: Tensor) -> Tensor:
+        return self.down_proj(F.silu(gate) * up)
 
 
 def logical(layer: nn.Linear, weight: Tensor) -> Tensor:
@@ -197,10 +204,14 @@ class Llama(nn.Module):
             return F.linear(h, self.head_weight)
         return linear_cross_entropy(h.flatten(0, 1), self.head_weight, labels.flatten())
 
-    def checkpoint_blocks(self, share: float) -> None:
+    def checkpoint_blocks(self, share: float, down: bool = False) -> None:
         """In training keep only the inputs of the first round(share * layers) blocks, and compute those again
-        in backward: the same gradients for less memory and up to a third more operations."""
+        in backward: the same gradients for less memory and up to a third more operations. down: in the other
+        blocks the product that is down's input, and the activated gate in it."""
         self.model.checkpointed = round(share * len(self.model.layers))
+        blocks = [m for m in self.model.layers if isinstance(m, Block)]
+        for n, block in enumerate(blocks):
+            block.mlp.recomputed = down and n >= self.model.checkpointed
 
     def weights(self) -> dict[str, Tensor]:
         """The parameters by name, without padding; writing to one writes to the model."""

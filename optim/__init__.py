@@ -13,7 +13,10 @@ else:
 
 from .attach import attach
 from .comm import Comm, Elsewhere, launcher
+from .config import Velora
 from .graph import Steps, use_own_stream
 from .schedule import factor
 
-__all__ = ["Comm", "Elsewhere", "Steps", "attach", "factor", "kernels", "launcher", "use_own_stream"]
+__all__ = [
+    "Comm", "Elsewhere", "Steps", "Velora", "attach", "factor", "kernels", "launcher", "use_own_stream"
+]  # fmt: skip

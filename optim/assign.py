@@ -29,16 +29,16 @@ SHARED = (
 def survey(
     model: nn.Module, units: list[Unit], cfg: BasisConfig
 ) -> tuple[dict[int, list[nn.Linear]], list[Unit], int]:
-    """The layers that use each weight, by its id; the matrices; the rank."""
+    """The layers that use each weight, by its id; the matrices that are not VeLoRA's; the rank."""
     users: dict[int, list[nn.Linear]] = defaultdict(list)
     for module in model.modules():
         if type(module) is nn.Linear:
             users[id(module.weight)].append(module)
-    matrices = [u for u in units if u.role == "matrix"]
-    if not matrices:
+    every = [u for u in units if u.role == "matrix"]
+    if not every:
         raise ValueError(f"model: {cfg.name} projects weights of nn.Linear in blocks, and there are none")
-    rank = cfg.rank or default_rank(sum(math.prod(u.size) for u in matrices), matrices[0].size[1])
-    return users, matrices, rank
+    rank = cfg.rank or default_rank(sum(math.prod(u.size) for u in every), every[0].size[1])
+    return users, [u for u in every if not u.grouped], rank
 
 
 def give_adapters(
@@ -144,9 +144,9 @@ def give_bases(model: nn.Module, units: list[Unit], cfg: ProjectedConfig) -> lis
         raise ValueError(f"transport={cfg.transport}: {cfg.name} keeps no moments in a basis; leave it out")
     if isinstance(cfg, MagnitudeConfig):
         how = Magnitude(cfg.mag_scale, adam(cfg), cfg.rounding == "stochastic")
-        for u in (u for u in units if u.projected):
+        for u in (u for u in matrices if u.projected):
             u.mag = how
-    for u in units:
+    for u in matrices:
         if u.projected:
             u.layers = [project(layer) for layer in users[id(u.param)]]
     if not bases:

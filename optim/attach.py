@@ -28,6 +28,7 @@ from .config import (
     BasisConfig,
     OptimConfig,
     ProjectedConfig,
+    Velora,
     default_lr,
     default_refresh_every,
 )
@@ -36,6 +37,7 @@ from .layer import ProjectedLinear
 from .methods import METHODS, Method, adam
 from .reduce import Reduce, sum_shards
 from .unit import Basis, Unit, local
+from .velora import give_groups, project_layers
 
 HEAD = re.compile(r"(^|\.)(\w*head\w*|embed_out|output|classifier|score)$")
 
@@ -48,6 +50,7 @@ def attach(
     group: dist.ProcessGroup | None = None,
     reduce: str | None = None,
     tokens: int | None = None,
+    velora: Velora | None = None,
     **overrides: object,
 ) -> Engine:
     """A torch.optim.Optimizer for `model`.
@@ -58,6 +61,8 @@ def attach(
                 gradients are reduced over it; None reduces nothing
     reduce      "sum" or "mean" over the group; must be given with one
     tokens      of this rank in one update, for lift=auto, which without it is lift=now
+    velora      layers that keep their input compressed; forwards of the first step's micro-batches inside
+                opt.observing() then come before training
     overrides   the optim.* keys (lr, scale, rank, ...); unknown keys and bad values raise ValueError
 
     A weight larger than its layer's out_features and in_features is padded: zero beyond them, and kept so.
@@ -83,6 +88,8 @@ def attach(
     cut = [(name, p) for name, p in model.named_parameters() if isinstance(p, DTensor) and p.requires_grad]
     if cut:
         problems += sharding(*cut[0], cfg, group)
+    if velora:
+        problems += velora.clashes(cfg)
     if problems:
         raise ValueError("\n".join(problems))
     if group is None and dist.is_initialized() and dist.get_world_size() > 1:
@@ -94,12 +101,15 @@ def attach(
     seed = torch.tensor([torch.initial_seed() % 2**63], device=first.device if group else "cpu")
     comm.from_owner_(seed, 0)
     every = getattr(cfg, "refresh_every", None) or default_refresh_every(numbers)
+    groups = give_groups(units, cfg, velora) if velora else []
     bases: list[Basis] = []
     if isinstance(cfg, ProjectedConfig):
         bases = give_bases(model, units, cfg)
         defer(bases, cfg, None if cut else tokens)
     elif isinstance(cfg, AdapterConfig):
         units, bases = give_adapters(model, units, cfg, every, comm, int(seed))
+    bases += groups
+    project_layers(model, units)
     for b in bases:
         w = local(b.units[0].param)
         b.begin(int(seed), w.device, basis_dtype(cfg, w))

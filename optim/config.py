@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -284,6 +284,54 @@ class AdapterConfig(BasisConfig):
             if getattr(self, key) != getattr(type(self), key):
                 found.append((key, (), f"would be ignored with optim.{what}; leave it out"))
         return found
+
+
+@dataclass(frozen=True)
+class Velora:
+    """VeLoRA's settings, the keys of activations.*: which layers keep their input compressed, and how.
+
+    layers  last names of their modules, without _proj: v is v_proj
+    group   m, the numbers of a sub-token: one for all layers or by name; None: sub_token's choice
+    init    of v, from the first batch over all micro-batches and ranks: average, the mean sub-token (the
+            paper's best); svd, the leading right singular vector of all sub-tokens; or random
+
+    v is fixed from then on. The paper's other two are not offered: of an instance-wise v, one for each batch,
+    coordinates cannot be summed over micro-batches or ranks; a running average moves v between updates, and
+    moments of coordinates in the old v carry over by approximation only.
+    """
+
+    layers: Sequence[str]
+    group: int | Mapping[str, int] | None = None
+    init: str = "average"
+
+    INITS: ClassVar[tuple[str, ...]] = ("average", "svd", "random")
+
+    def size(self, layer: str, width: int) -> int:
+        """m of a layer of so many inputs. ValueError where the one that was asked for does not divide it."""
+        divisors = [m for m in range(1, width + 1) if width % m == 0]
+        asked = self.group if self.group is None or isinstance(self.group, int) else self.group.get(layer)
+        if asked is None:
+            return min(divisors, key=lambda m: abs(m - SUB_TOKEN))
+        if asked in divisors:
+            return asked
+        near = [max(m for m in divisors if m < asked)] + [m for m in divisors if m > asked][:1]
+        raise ValueError(
+            f"activations.group={self.group}: {asked} does not divide the {width} inputs of {layer}; "
+            f"nearest: {either([str(m) for m in near])}, or null"
+        )
+
+    def clashes(self, cfg: OptimConfig) -> list[str]:
+        """What of a method's settings does not go with it."""
+        limit = getattr(cfg, "growth_limit", 0.0)
+        if not limit:
+            return []
+        return [
+            f"optim.growth_limit={limit}: measures updates in their basis, and those of VeLoRA's layers "
+            "are not in one; leave it out, or activations.layers=null"
+        ]
+
+
+SUB_TOKEN = 32  # numbers of a sub-token, about: 64 to 344 sub-tokens an input from 130M to 7B
 
 
 def inside(value: float, interval: str) -> bool:

@@ -29,7 +29,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from . import lift, magnitude, memory, state
+from . import lift, magnitude, memory, state, velora
 from .adarank import AdaRank
 from .config import AdaRankConfig, OptimConfig
 from .landing import NORM_OF, Landing
@@ -75,7 +75,9 @@ class Engine(Landing, torch.optim.Optimizer):
             groups.setdefault(tuple(like.values()), {"params": [], **like})["params"].append(u.param)
         self._groups = [list(groups).index((u.role, u.scale, u.decay)) for u in units]
         super().__init__(list(groups.values()), {"lr": lr})
-        self.root, self.units, self.bases, self.cfg, self.reduce = root, units, bases, cfg, reduce
+        self.root, self.units, self.cfg, self.reduce = root, units, cfg, reduce
+        self.bases = [b for b in bases if not isinstance(b, velora.Grouped)]
+        self.grouped = [b for b in bases if isinstance(b, velora.Grouped)]
         self.adapters = list(dict.fromkeys(u.adapter for u in units if u.adapter))
         self.accum_steps, self.every, self.seed, self._warmup = accum_steps, every, seed, 0
         self.in_backward = cfg.update_resolved == "in_backward"
@@ -85,13 +87,13 @@ class Engine(Landing, torch.optim.Optimizer):
         self._saved: dict[str, float] = {}
         self.adarank: AdaRank | None = None
         if isinstance(cfg, AdaRankConfig):
-            self.adarank = AdaRank(bases, len(units), cfg, every, reduce)
+            self.adarank = AdaRank(self.bases, len(units), cfg, every, reduce)
         ranks = self.adarank.ranks if self.adarank else None
         self.refresher = Refresher(
             getattr(cfg, "finder", ""), getattr(cfg, "transport", ""), seed, reduce, ranks
         )
         self._eager = Eager(root)
-        self.turns = max((b.turn for b in bases), default=0) + 1
+        self.turns = max((b.turn for b in self.bases), default=0) + 1
         self.aside: Callable[[], AbstractContextManager[Any]] = nullcontext  # around all work in backward
         self._paths = {id(m): name for name, m in root.named_modules()}
         self._line_up()
@@ -139,6 +141,8 @@ class Engine(Landing, torch.optim.Optimizer):
         if self._moved:
             self._place()
             self._prepare()
+        if self.unseen:
+            raise RuntimeError(velora.UNSEEN)
         if not self._forwards and not self.updates:
             for u in self.units:
                 if u.mag:
@@ -147,6 +151,15 @@ class Engine(Landing, torch.optim.Optimizer):
                 a.begin()
         self._forwards += 1
         self._form_g()  # blocks may have been compiled since the step was prepared
+
+    @property
+    def unseen(self) -> bool:
+        """Whether VeLoRA's directions are still to be found, by `observing`."""
+        return any(b.fresh for b in self.grouped)
+
+    def observing(self) -> AbstractContextManager[None]:
+        """Forwards inside, of all micro-batches of the first step, give VeLoRA its directions."""
+        return velora.observing(self)
 
     def _prepare(self) -> None:
         """An empty queue, and the bases that the next step replaces."""

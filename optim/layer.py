@@ -1,6 +1,7 @@
 """The projected linear layer: y = x W^T, and in backward the gradient of W in coordinates, never W's own.
 
     input    R = G Q  = dY^T (x Q)        (out, r)   saves x Q instead of x
+    VeLoRA   the same, Q = I (x) v        (out, n/m) saves x Q: of m numbers in a row their product with v
     output   R = P^T G = (dY P)^T x       (r, in)    saves x
     both     R = P^T G Q = (dY P)^T (x Q) (r, r)     saves x Q
     refresh  R = G = dY^T x               (out, in)  saves x: for the step in which a new basis is found
@@ -73,7 +74,10 @@ class _Project(torch.autograd.Function):
             kept = x
         else:
             wide = torch.promote_types(x.dtype, q.dtype)  # the same dtype but for a basis kept wider
-            kept = x.to(wide) @ q.to(wide)
+            kept = x.to(wide)
+            if q.ndim == 1:  # under compile one with what makes x; columns of padding are in no group
+                kept = kept[..., : coord.shape[1] * len(q)].unflatten(-1, (-1, len(q)))
+            kept = kept @ q.to(wide)
         y = _product(x, w, kept, c, rho)
         ctx.save_for_backward(
             kept, w, p, None if mag is None else y, factor, c, rho, None if c is None else q
@@ -117,7 +121,7 @@ class ProjectedLinear(nn.Linear):
     probe: Tensor | None  # side both: what Z is the gradient of
     full: Tensor  # the identity basis' coordinate (out, in)
     p: Tensor | None  # [P, S] (out, r + k); side both: P (out, r)
-    q: Tensor | None  # [Q, S] (in, r + k)
+    q: Tensor | None  # [Q, S] (in, r + k); VeLoRA: v (m,)
     mag: Tensor | None  # what the sum of dY * y is the gradient of (out, 1)
     factor: Tensor | None  # with a magnitude, output side: of rows (out,)
     c: Tensor | None  # lift deferred: C (out, r)

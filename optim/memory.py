@@ -7,13 +7,14 @@ of R for each projected matrix + 2 E for everything else. The rest are extras; e
 
 from __future__ import annotations
 
+import math
 import re
 import textwrap
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 
-from . import kernels
+from . import kernels, velora
 from .unit import PROBE, Unit, local
 
 if TYPE_CHECKING:
@@ -62,6 +63,8 @@ def entries(e: Engine) -> list[Entry]:
     if e.adarank:  # average, reference, threshold; below, and which units a basis has
         add("scalars", 3 * len(e.bases), wide)
         add("scalars", (1 + n) * len(e.bases), torch.bool)
+    for b in e.grouped:
+        add("directions", b.m, b.qs.dtype)
     # table of 8, t, two squares, two numbers of all; two rates of each group
     add("scalars", (8 + 1 + 2) * n + 2 + 2 * len(e.param_groups), wide)
     add("scalars", n, torch.int64)  # param group of each
@@ -88,7 +91,7 @@ def state_of(u: Unit, shape: tuple[int, ...] | None = None) -> list[Entry]:
         if u.store == "int8":
             out.append(Entry("history scales", s * rows * -(-cols // QUANT), torch.float32))
         out += [Entry("history's products", s * s, wide), Entry("history's places", 2, torch.int64)]
-    if u.store == "int8" and u.q and out:
+    if u.store == "int8" and u.q and not u.grouped and out:
         out.append(Entry("column scale", cols, torch.float32))
     if "grown" in u.state:
         out.append(Entry("scalars", 1, wide))
@@ -138,7 +141,7 @@ def table(e: Engine) -> str:
             basis, rank = "adapter", str(u.adapter.r)
         elif u.projected:
             shared = len(u.q.units) if u.q else 1
-            side = "both" if u.q and u.p else "input" if u.q else "output"
+            side = "velora" if u.grouped else "both" if u.q and u.p else "input" if u.q else "output"
             basis, rank = side + (f":{shared}" if shared > 1 else ""), str(min(b.r for b in u.bases))
             ranks = [min(b.r for b in v.bases) for v in units]
             if len(set(ranks)) > 1:  # the mean
@@ -193,6 +196,8 @@ def memory(e: Engine) -> list[str]:
         out.append(f"lift      deferred to the next basis for {late} of {len(e.bases)} bases")
     if e.adapters:
         out += _adapters(e)
+    if e.grouped:
+        out += velora.lines(e)
     rates = {(u.mag.rate, u.mag.stochastic) for u in e.units if u.mag}
     for rate, stochastic in rates:
         lr = f"{e.param_groups[0]['lr'] * rate:.1e}".replace("e-0", "e-")
@@ -201,7 +206,7 @@ def memory(e: Engine) -> list[str]:
         if stochastic:
             out.append("          matrices in bf16 are rounded stochastically")
     if e.accum_steps > 1 and not e.bases and e.in_backward:
-        whole = sum(u.param.numel() * u.param.element_size() for u in e.units) / GIB
+        whole = sum(math.prod(u.shape) * u.param.element_size() for u in e.units) / GIB
         out.append(f"gradients {whole:.2f} GiB are held over {e.accum_steps} micro-batches")
     return out
 

@@ -97,6 +97,11 @@ class Reduce:
             dist.all_reduce(t, group=self.group)
         return t
 
+    def sum_(self, t: Tensor) -> None:
+        """Over ranks, in place."""
+        if self.group is not None:
+            dist.all_reduce(t, group=self.group)
+
     def from_owner_(self, t: Tensor, owner: int) -> None:
         """Overwrites t by that of one rank, bit by bit."""
         if self.group is not None:

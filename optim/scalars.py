@@ -35,7 +35,7 @@ class Scalars:
         self.squares = torch.zeros(len(units), 2, dtype=wide, device=device)  # captured, estimate
         self.norm = torch.full((), -1.0, dtype=wide, device=device)  # of the last step; -1: none yet
         self.in_a_row = torch.zeros((), dtype=wide, device=device)  # steps with a skipped unit
-        self.projected = torch.tensor([u.projected for u in units], device=device)
+        self.projected = torch.tensor([u.projected and not u.grouped for u in units], device=device)
         # The units of an adapter are skipped together, and count once. A factor rests while its gradient is
         # zero.
         one = [u.role != "magnitude" and u.leaf_name != "j" for u in units]

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 # In the weights' dtype or a basis', which a card and a CPU choose unlike.
 FLOATS = {"qs", "w0", "c", "i", "j"}
 LIVES = "bases"  # numbers of all bases, in their order
-ENGINE = "engine"  # beside parameters' names and "input NAME", "output NAME" of bases
+ENGINE = "engine"  # beside parameters' names and "input NAME", "output NAME", "velora NAME" of bases
 
 
 def collect(e: Engine) -> dict[str, dict[str, Tensor]]:
@@ -32,7 +32,7 @@ def collect(e: Engine) -> dict[str, dict[str, Tensor]]:
         if u.deferred:
             found[u.name].pop("wq", None)  # W [Q, S], formed again
             found[u.name]["w0"] = u.w[:, : u.size[1]].detach()
-    for b in e.bases:
+    for b in (*e.bases, *e.grouped):
         found[b.name] = {"qs": b.own, "count": torch.tensor(b.count), "fresh": torch.tensor(int(b.fresh))}
     for a in e.adapters:
         found[a.name] = a.saved()
@@ -72,7 +72,7 @@ def restore(e: Engine, saved: dict[str, Any]) -> None:
         if not same:
             u.rule.moved_(u.state, True, partial(e.reduce.sum_parts, u.param))
         e.scalars.t[u.index] = state[u.name]["t"]
-    for b in e.bases:
+    for b in (*e.bases, *e.grouped):
         b.load_(*(state[b.name][k] for k in ("qs", "count", "fresh")))
     for u in e.units:
         if u.deferred:

@@ -4,6 +4,7 @@
     input    G Q            N Q^T      Q (in, r), shared by weights with one input
     output   P^T G          P N        P (out, r)
     both     P^T G Q        P N Q^T    both
+    VeLoRA   G Q            N (x) v    Q = I (x) v, fixed
 
 The norm probe: S holds k Gaussian columns, Z = G S. With captured = ||R||^2,
 
@@ -21,7 +22,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 import torch._dynamo
@@ -32,6 +33,7 @@ from . import kernels, lift, subspace
 from .layer import ProjectedLinear, coordinate
 from .rules import Rule
 from .rules.adam import Adam
+from .rules.velora import Velora
 
 if TYPE_CHECKING:
     from .adapter import Adapter
@@ -48,6 +50,7 @@ def local(w: Tensor) -> Tensor:
 class Basis:
     """Orthonormal columns for the row space (side input) or column space (output) of its units' gradients."""
 
+    grouped: ClassVar[bool] = False  # velora.Grouped's
     name: str
     index: int
     side: str  # input | output
@@ -184,6 +187,11 @@ class Unit:
         return self.q is not None or self.p is not None
 
     @property
+    def grouped(self) -> bool:
+        """VeLoRA's."""
+        return self.q is not None and self.q.grouped
+
+    @property
     def bases(self) -> list[Basis]:
         return [b for b in (self.q, self.p) if b is not None]
 
@@ -220,7 +228,7 @@ class Unit:
         w = self.w
         wide = torch.promote_types(w.dtype, torch.float32)
         state = self.rule.begin(self.store, self.shape, w.device, wide)
-        if self.q and self.store == "int8" and self.rule.moments:
+        if self.q and not self.grouped and self.store == "int8" and self.rule.moments:
             state["d"] = torch.ones(self.q.r, device=w.device)
         return state
 
@@ -355,6 +363,9 @@ class Unit:
         w = self.w
         if self.rests:
             lift.step_(self, n, keep)
+        elif self.q and self.grouped:
+            eps = self.rule.eps if isinstance(self.rule, Velora) else 0.0
+            kernels.grouped_(w[:, : self.q.n], n, self.q.qs, eps, keep)
         elif self.p is None:
             assert self.q is not None
             kernels.lift_(w, n, self.q.q.t(), keep)

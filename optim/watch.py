@@ -40,7 +40,8 @@ class Watch:
         self.engine, self.whole, self.warned = engine, False, False
         # What somebody does to gradients between backward and step() shows in the smallest; with no bases it
         # is their affair.
-        mine = [u for u in dense if engine.bases and not u.projected and not u.adapter]
+        any_basis = engine.bases or engine.grouped
+        mine = [u for u in dense if any_basis and not u.projected and not u.adapter]
         self.smallest = min(mine, key=lambda u: u.param.numel(), default=None)
         self.copy: tuple[int, Tensor] | None = None  # version and numbers of its gradient
 

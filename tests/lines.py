@@ -52,6 +52,10 @@ OUTSIDE = {
     "optim.transport": ["rotate+fill", "none", "ldadam"],
     "optim.basis_dtype": ["int8", "float32", "int4"],
     "activations.checkpoint": ["-0.5", "1.01", "nan", "inf", "8"],
+    "activations.recompute": ["up", "all", "true"],
+    "activations.layers": ["w", "[v,v]", "[]", "7", "{v:8}"],
+    "activations.group": ["8", "v", "[8]"],  # without layers
+    "activations.init": ["running", "svd"],  # likewise
     "data.cache_gib": ["0", "-20", "nan", "inf", "2000000"],
     "data.path": ["ftp://mirror/c4", "https://", "s3://bucket/c4"],
     "optim.schedule": ["cosin", "step", "warmup"],
@@ -64,7 +68,7 @@ OUTSIDE = {
 }
 # Names of settings that do not exist yet, and of other programs.
 UNBUILT = (
-    "graphs plan rewind trace "
+    "graphs plan rewind trace activations.velora "
     "optim.lifts optim.rounding optim.mag_scale optim.weight_decay "
     "model.hidden batch_size max_steps data.shuffle run.id"
 ).split()

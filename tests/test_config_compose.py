@@ -446,10 +446,12 @@ def test_defaults_at_their_borders() -> None:
 
 def test_what_may_change_on_resume() -> None:
     may = """steps micro_batch eval_every optim.lr optim.warmup optim.schedule optim.min_lr_ratio optim.clip
-        optim.clip_mode optim.update optim.refresh_every optim.finder activations.checkpoint optim.scale
+        optim.clip_mode optim.update optim.refresh_every optim.finder activations.checkpoint
+        activations.recompute optim.scale
         optim.beta1 optim.moments optim.embed_moments optim.refresh optim.transport save_minutes""".split()
     may_not = """seed seq_len optim.name optim.rank optim.side optim.share optim.basis_dtype
-        model.hidden_size tokens_per_step weights data.train""".split()
+        model.hidden_size tokens_per_step weights data.train activations.layers activations.group
+        activations.init""".split()
     before = asdict(parse(["optim=galore"]).resolved())
     for key in may + may_not:
         cfg = parse(["optim=galore"]).resolved()
@@ -457,8 +459,10 @@ def test_what_may_change_on_resume() -> None:
         (line,) = differences(before, asdict(cfg))
         assert line.startswith(f"{key}=another: was ") and line.startswith(MAY_CHANGE) == (key in may)
     older = {k: v for k, v in before.items() if k != "activations"}
-    (line,) = differences(older, before)
-    assert line == "activations.checkpoint=0.0: was None" and line.startswith(MAY_CHANGE)
+    assert differences(older, before) == [
+        "activations.checkpoint=0.0: was None",
+        "activations.recompute=none: was None",
+    ]
 
 
 def test_a_run_folder_knows_its_method(tmp_path: Path) -> None:

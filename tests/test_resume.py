@@ -69,6 +69,7 @@ ACCEPTED = {
     "optim.transport=reset": "",
     "optim.lift=deferred": "",
     "activations.checkpoint=0.5": "",
+    "activations.recompute=down": "",
     "optim=galore_8bit": "",
 }
 
@@ -120,6 +121,7 @@ REFUSED = {
     "optim.share=false": "bases",
     "optim.basis_dtype=bf16": "bases",
     "optim=natural_galore": "method",
+    "activations.layers=down": "what is kept",
 }
 
 

@@ -11,7 +11,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from kernels import adam, cross_entropy, norms, rescale, rows
+from kernels import adam, cross_entropy, grouped, norms, rescale, rows
 
 CARDS = (80, 86, 89, 90, 120)  # A100, RTX 3090, RTX 4090, H100 and H200, RTX 5090
 SHARED = 101_376  # bytes a program may have on a 3090, 4090 or 5090
@@ -50,7 +50,7 @@ def cases():
         arguments = {name: f"*{TYPES[dtype]}" for name, dtype in pointers.items()}
         arguments["v_ptr"] = "*u8" if moment == torch.int8 else arguments["m_ptr"]
         arguments |= dict.fromkeys(("rows", "cols", "stride"), "i32") | BETAS
-        kinds = {"MOMENT": adam.DTYPES[moment], "SCALED": scaled}
+        kinds = {"MOMENT": adam.DTYPES[moment], "SCALED": scaled, "PARTS": False}
         eight = moment == torch.int8
         for name, given in (("m_scale", eight), ("v_scale", eight), ("d_ptr", scaled)):
             (arguments if given else kinds)[name] = "*fp32" if given else None
@@ -62,6 +62,28 @@ def cases():
             constants = kinds | {"EVEN": whole, "BLOCKS": adam.TILE // width, "WIDTH": width}
             what = f"direction {grad} {out} {moment} {'scaled ' if scaled else ''}{shape}"
             yield adam.direction_kernel, arguments, constants, adam.WARPS, aligned, what
+    for grad, moment in adam.PARTS_VARIANTS:
+        pointers = {"g_ptr": grad, "n_ptr": torch.float32, "m_ptr": moment, "row": torch.float32}
+        arguments = {name: f"*{TYPES[dtype]}" for name, dtype in pointers.items()}
+        arguments["v_ptr"] = "*u8" if moment == torch.int8 else arguments["m_ptr"]
+        arguments |= dict.fromkeys(("rows", "cols", "stride"), "i32") | BETAS
+        constants = {"MOMENT": adam.DTYPES[moment], "SCALED": False, "PARTS": True, "d_ptr": None}
+        for name in ("m_scale", "v_scale"):
+            (arguments if moment == torch.int8 else constants)[name] = (
+                "*fp32" if moment == torch.int8 else None
+            )
+        constants |= {"EVEN": True, "BLOCKS": adam.TILE // 128, "WIDTH": 128}
+        aligned = [n for n in arguments if n not in BETAS and n != "rows"]
+        yield adam.direction_kernel, arguments, constants, adam.WARPS, aligned, f"parts {grad} {moment}"
+    for (weight, direction), (size, decay) in itertools.product(grouped.VARIANTS, ((32, False), (43, True))):
+        arguments = {"w_ptr": f"*{TYPES[weight]}", "parts_ptr": "*fp32", "d_ptr": f"*{TYPES[direction]}"}
+        arguments |= {"rows": "i32", "cols": "i32", "stride": "i32", "eps": "fp32"}
+        constants = {"DECAY": decay, "SIZE": size, "EVEN": size == 32, "WIDTH": grouped.LANES}
+        constants["BLOCKS"] = adam.TILE // grouped.LANES
+        (arguments if decay else constants)["keep_ptr"] = "*fp32" if decay else None
+        aligned = ["w_ptr", "parts_ptr", "d_ptr", "cols", "stride"] if size == 32 else None
+        what = f"grouped {weight} {direction} {size} {'decay' if decay else ''}"
+        yield grouped.grouped_kernel, arguments, constants, adam.WARPS, aligned, what
     for dtype, aligned in itertools.product(norms.DTYPES, (True, False)):
         constants = {"DTYPE": norms.DTYPES[dtype], "ALIGNED": aligned, "BLOCKS": norms.BLOCKS}
         constants["WIDTH"] = norms.WIDTH

@@ -10,7 +10,9 @@ import torch
 from kernels import (
     adam_,
     adam_direction,
+    adam_parts,
     cross_entropy_,
+    grouped_,
     magnitude_,
     plan,
     probe_squares,
@@ -21,7 +23,8 @@ from kernels import (
     squares,
     tangent_,
 )
-from kernels.adam import DIRECTION_VARIANTS, VARIANTS
+from kernels.adam import DIRECTION_VARIANTS, PARTS_VARIANTS, VARIANTS
+from kernels.grouped import VARIANTS as GROUPED_VARIANTS
 from kernels.reference import Column
 from optim import moments
 
@@ -174,6 +177,47 @@ def direction(grad, out, moment, scaled):
     report(worst.verdict() and ok, "direction", grad, out, moment, "scaled" if scaled else "", dict(worst))
 
 
+def parts(grad, moment):
+    """Both parts of directions; and nothing where OK = 0."""
+    worst, ok, g = Worst(), True, torch.Generator().manual_seed(0)
+    for shape in PROJECTED:
+        x = torch.full((shape[0], shape[1] + 5), float("nan")).to(grad)[:, : shape[1]]
+        x.copy_(torch.randn(shape, generator=g))
+        h, state = table_of(1)[0], random_state(shape, moment, g)
+        before, ref = copies([state])[0], copies([state])[0]
+        n = adam_parts(x, state, h, *BETAS[:2], impl="triton")
+        want = adam_parts(x, ref, h, *BETAS[:2], impl="ref")
+        ok &= n.shape == want.shape and n[0].abs().max().item() > 0 and n[1].min().item() >= 0
+        worst.compare("n", guarded(n), want, want)
+        for name, t in state.items():
+            worst.compare(name, t, ref[name], before[name])
+        x[0, 0], h[Column.OK] = float("nan"), 0
+        ok &= torch.equal(adam_parts(x, state, h, *BETAS[:2], impl="triton"), torch.zeros_like(want))
+    report(worst.verdict() and ok, "parts", grad, moment, dict(worst))
+
+
+def grouped(weight, direction):
+    """Rows and groups that no tile divides, with and without decay; parts of zeros change nothing."""
+    worst, ok, g = Worst(), True, torch.Generator().manual_seed(0)
+    for rows, groups, size in ((1, 1, 1), (7, 3, 8), (33, 8, 43), (5, 64, 32)):
+        whole = guarded(torch.randn(rows, groups * size + size % 2, generator=g).to(weight))
+        w, last = whole[:, : groups * size], whole[:, groups * size :].clone()  # beside columns of padding
+        d = torch.nn.functional.normalize(torch.randn(size, generator=g), dim=0).to(direction)
+        both = torch.randn(2, rows, groups, generator=g)
+        both[0] /= 100
+        both[1].abs_()
+        for keep in (None, torch.tensor(0.99)):
+            before, ref = w.clone(), w.clone()
+            grouped_(w, both, d, 0.3, keep, impl="triton")
+            grouped_(ref, both, d, 0.3, keep, impl="ref")
+            worst.compare("w", guarded(w), ref, before)
+        ok &= intact(whole) and torch.equal(whole[:, groups * size :], last)
+        before = w.clone()
+        grouped_(w, torch.zeros_like(both), d, 1e-8, None, impl="triton")
+        ok &= torch.equal(w, before)
+    report(worst.verdict() and ok, "grouped", weight, direction, dict(worst))
+
+
 def norms(dtype, aligned):
     """Tensors as they come, columns of wider ones between NaNs, empty ones: one launch for all."""
     g = torch.Generator().manual_seed(0)
@@ -302,6 +346,10 @@ dense(VARIANTS, 7)
 dense([(torch.float32, torch.int8), (torch.float32, torch.float32)], 8)
 for variant in DIRECTION_VARIANTS:
     direction(*variant)
+for variant in PARTS_VARIANTS:
+    parts(*variant)
+for variant in GROUPED_VARIANTS:
+    grouped(*variant)
 for dtype in (torch.float32, torch.bfloat16):
     for vocabulary in (1, 7, 4095, 4096, 4097, 9001):
         g = torch.Generator().manual_seed(vocabulary)
