@@ -38,18 +38,13 @@ from optim import Comm, factor
 from train import Run
 
 TOKENS, MICRO, EVERY = 65_536, 256, 10
-LRS = {
-    "adamw": (1e-3, 2e-3, 4e-3),
-    "adamw_8bit": (1e-3, 2e-3, 4e-3),
-    "galore": (5e-3, 1e-2, 2e-2),
-    "galore_8bit": (5e-3, 1e-2, 2e-2),
-    "galore_torch": (5e-3, 1e-2, 2e-2),
-    "gradnormlorp": (5e-3, 1e-2, 2e-2),
-    "gradnormlorp_8bit": (5e-3, 1e-2, 2e-2),
-    "gradnormlorp_adapter_8bit": (5e-3, 1e-2, 2e-2),
-}
+LOW_RANK = (
+    "galore", "galore_8bit", "galore_torch", "gradnormlorp", "gradnormlorp_8bit", "gradnormlorp_adapter_8bit",
+    "natural_galore", "natural_galore_8bit", "adarankgrad", "adarankgrad_8bit",
+)  # fmt: skip
+LRS = dict.fromkeys(("adamw", "adamw_8bit"), (1e-3, 2e-3, 4e-3)) | dict.fromkeys(LOW_RANK, (5e-3, 1e-2, 2e-2))
 # Methods that also run with their matrices at twice the rate.
-TWICE = ("galore_8bit", "gradnormlorp", "gradnormlorp_8bit", "gradnormlorp_adapter_8bit")
+TWICE = tuple(m for m in LOW_RANK if m not in ("galore", "galore_torch"))
 MORE = {"adamw": ["optim.beta2=0.95"], "adamw_8bit": ["optim.beta2=0.95"]}
 # name -> (method, overrides)
 RUNS: dict[str, tuple[str, list[str]]] = {
@@ -70,6 +65,29 @@ RUNS |= {
         (ADAPTER, 0.01, ["detach_norm=true"]),
         (ADAPTER, 0.01, ["finder=svd"]),
         (ADAPTER, 0.01, ["core_rank=32"]),
+        ("galore_8bit", 0.01, ["lift=deferred"]),
+        ("natural_galore", 0.01, ["history=0"]),
+        ("natural_galore", 0.01, ["history=8"]),
+        *(("adarankgrad_8bit", 0.01, [f"energy={e}", "rank_min=8"]) for e in (0.52, 0.77, 0.9)),
+        ("adarankgrad_8bit", 0.01, ["adapt_rank=false"]),
+        ("adarankgrad_8bit", 0.01, ["adapt_refresh=false"]),
+    )
+}
+RUNS |= {  # VeLoRA on v and down; sub-tokens of 8 to 172 numbers
+    f"{m} lr={lr:g} velora group={g or 'default'}": (
+        m,
+        [f"optim.lr={lr}", *MORE.get(m, []), "activations=velora", f"activations.group={g or 'null'}"],
+    )
+    for m, lrs in (
+        ("adamw", LRS["adamw"]),
+        ("galore_8bit", LRS["galore_8bit"]),
+        ("gradnormlorp_8bit", (1e-2,)),
+    )
+    for lr in lrs
+    for g in (
+        (None, 8, 16, "{v:64,down:86}", "{v:128,down:172}")
+        if lr == lrs[len(lrs) // 2] and m == "galore_8bit"
+        else (None,)
     )
 }
 RUNS |= {
@@ -133,6 +151,11 @@ def ours(method: str, overrides: list[str], args: dict[str, str], seed: int) -> 
             row["energy"] = [round(r["energy"], 4) for r in kept]
             row["refresh_share"] = round(sum(r["refresh_share"] for r in rows) / len(rows), 5)
             row["bases_kept"] = rows[-1]["bases_kept"]
+        if "effective_rank" in rows[0]:
+            row["effective_rank"] = [round(r["effective_rank"], 2) for r in kept]
+            row["ranks"] = [
+                {k: v for k, v in r.items() if k.startswith("rank/")} for r in rows[EVERY :: 20 * EVERY]
+            ]
         with run.precision():
             row |= halves(run.model, args)
         run.close()
