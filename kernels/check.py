@@ -29,6 +29,7 @@ from .cases import CASES, Case, random
 WIDE, NARROW, LOGITS, SMALL = (4096, 11008), (11008, 1024), (8192, 32000), (33, 300)
 CODES = (torch.int8, torch.uint8)
 REPEATS = 20
+WAIT = 2_000_000  # clock cycles, a millisecond
 
 
 def shape_of(name: str) -> tuple[int, int]:
@@ -70,12 +71,14 @@ def apart(case: Case, shape: tuple[int, int], device: torch.device) -> float:
 
 
 def timed(run: Callable[[], Any]) -> float:
-    """Seconds: the median of some runs, each after 64 MiB were written, so that no cache holds the inputs."""
+    """Seconds: the median of some runs, each after 64 MiB were written, so that no cache holds the inputs, and
+    while the GPU is kept waiting, so that it does not wait for the host in between."""
     flush = torch.empty(2**26, dtype=torch.uint8, device="cuda")
     times = []
     for _ in range(REPEATS + 3):
         begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         flush.zero_()
+        torch.cuda._sleep(WAIT)
         begin.record()
         run()
         end.record()
