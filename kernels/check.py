@@ -71,8 +71,9 @@ def apart(case: Case, shape: tuple[int, int], device: torch.device) -> float:
 
 
 def timed(run: Callable[[], Any]) -> float:
-    """Seconds: the median of some runs, each after 64 MiB were written, so that no cache holds the inputs. The
-    GPU is kept busy before, or it would wait for the host in between."""
+    """Seconds: the median of some runs, each after 64 MiB were written, so that no cache holds the inputs.
+
+    The GPU is kept busy before, or it would wait for the host in between."""
     flush = torch.empty(2**26, dtype=torch.uint8, device="cuda")
     times = []
     for _ in range(REPEATS + 3):
