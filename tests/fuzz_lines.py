@@ -92,6 +92,12 @@ CLASHES: list[tuple[list[str], str, bool]] = [
     ),
     (["optim=gradnormlorp_adapter", "optim.lift=auto"], "optim.lift=auto", False),
     (["optim=galore", "optim.lift=deferred", "optim.side=paper"], "optim.lift=deferred", False),
+    (["optim=adarankgrad", "optim.transport=keep"], "optim.transport=keep", False),
+    (["optim=adarankgrad", "optim.refresh=together"], "optim.refresh=together", False),
+    (["optim=galore", "activations=velora", "optim.growth_limit=1.1"], "optim.growth_limit=1.1", True),
+    (["activations=velora", "activations.group=7"], "activations.group=7", True),
+    (["activations=velora", "activations.layers=[w]"], "activations.layers=[w]", False),
+    (["activations.group=8"], "activations.group=8", False),
     (["optim=galore", "optim.rank=64"], "rank=64", True),
     (["optim=galore", "optim.rank=65536"], "rank=65536", True),
     (["optim.clip=1", "optim.clip_mode=two_pass"], "clip_mode=two_pass", True),
@@ -287,6 +293,10 @@ def valid(place: Place, rng: random.Random, name: str) -> list[str]:
         "model.num_key_value_heads": ["1", "2", "null"],
         "model.tie_word_embeddings": ["true", "false"],
         "profile": ["false", "false", "false", "true"],
+        "graph": ["auto", "off"],
+        "model.pad": ["null", "true", "false"],
+        "activations": ["plain", "velora"],
+        "activations.recompute": ["none", "down"],
     }
     if not method.startswith("adamw"):
         given |= RANKED | {"optim.rank": rng.choice(["1", "4", "8", "31"])}
@@ -299,6 +309,9 @@ def valid(place: Place, rng: random.Random, name: str) -> list[str]:
         }
         if "adapter" not in method:
             pick["optim.lift"] = ["now", "auto"]
+    if method.startswith("adarankgrad"):
+        pick |= {"optim.refresh": ["staggered"], "optim.transport": ["reset", "rotate", "rotate_fill"]}
+        pick |= {"optim.energy": ["0.5", "0.9", "1"], "optim.monotone": ["true", "false"]}
     if method == "galore_sgd":
         del pick["optim.transport"], pick["optim.moments"]  # it has no moments in a basis
     if method.startswith("gradnormlorp"):
@@ -310,6 +323,10 @@ def valid(place: Place, rng: random.Random, name: str) -> list[str]:
         pick |= {"optim.side": sides, "optim.share": ["true", "false"]}
     given |= {key: rng.choice(pick[key]) for key in rng.sample(sorted(pick), rng.randrange(2, len(pick)))}
     clip(given, method, parts, rng)
+    if given.get("activations") == "velora":
+        given.pop("optim.growth_limit", None)
+    if given.get("activations.recompute") == "down" and given.get("activations.checkpoint") == "1":
+        given["activations.checkpoint"] = "0.5"
     if given.get("spike") == "rewind":  # needs a save from before a spike
         given["keep_last"] = "5"
     if rng.random() < 0.3:
