@@ -26,9 +26,8 @@ from .engine import Engine
 log = logging.getLogger("subspan")
 EAGER = 2  # steps of this process before a capture: they compile the model, and make what lasts
 QUIET = 20  # and after tensors were replaced, which may go on: a capture costs as much as two of them
-REFRESHES = (
-    False  # capture their steps too: right on a CPU stand-in (tests/test_graph.py), not yet seen on a GPU
-)
+# Capture steps that replace bases too: right on a CPU stand-in (tests/test_graph.py), not yet seen on a GPU.
+REFRESHES = False
 MOST = 600  # blocks times micro-batches in all graphs: 10 kB and, once, 50 microseconds a launch in it
 
 

@@ -30,6 +30,7 @@ from tests.tiny import (
     moved,
     parallel,
     run,
+    shard,
     summed_loss,
     train,
 )
@@ -575,14 +576,7 @@ def on_rank(rank, world, method, settings, rows, held=None):
         optim.landing.HELD = held
     model, group = Tiny(), dist.group.WORLD
     if rows:
-        from torch.distributed.device_mesh import init_device_mesh
-        from torch.distributed.fsdp import fully_shard
-
-        mesh = init_device_mesh("cpu", (world,))
-        for block in model.layers:
-            fully_shard(block, mesh=mesh)
-        fully_shard(model, mesh=mesh)
-        group = mesh.get_group()
+        group = shard(model, world)
     opt = attach(model, method, accum_steps=2, group=group, reduce="sum", **keys(method), **settings)
     hashes = []
 

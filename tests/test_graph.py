@@ -15,7 +15,7 @@ import optim.graph
 from optim import Steps, attach, kernels
 from optim.methods import METHODS
 from tests.mutants import kills
-from tests.tiny import Tiny, batches, flat, keys, summed_loss
+from tests.tiny import Tiny, batches, everything, flat, keys, summed_loss
 
 STEPS = 14
 METHODS_CAPTURED = [m for m in METHODS if "adapter" not in m]
@@ -92,15 +92,9 @@ class Training:
                 g["lr"] = 1e-2 / (1 + n)
             self.seen.append(self.runner.run(self.work))
 
-    def everything(self):
-        state = self.opt.state_dict()["state"]
-        tensors = {f"{name} {k}": t for name, own in state.items() for k, t in own.items()}
-        values = [{k: float(v) for k, v in s.items() if k != "refresh_s" and v == v} for s in self.seen]
-        return {**self.model.state_dict(), **tensors}, values
-
 
 def compare(a, b):
-    (tensors, values), (want, wanted) = a.everything(), b.everything()
+    (tensors, values), (want, wanted) = (everything(t.model, t.opt, t.seen) for t in (a, b))
     assert values == wanted
     for name, t in want.items():
         assert torch.equal(tensors[name], t), name

@@ -12,6 +12,7 @@ from llama.config import ModelConfig
 from llama.model import build_model, compile_blocks
 from optim import Steps, attach, use_own_stream
 from optim.methods import METHODS
+from tests.tiny import everything
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 
@@ -73,12 +74,8 @@ class Training:
             self.seen.append(self.runner.run(self.work))
 
     def everything(self):
-        state = self.opt.state_dict()["state"]
-        tensors = {f"{name} {k}": t for name, own in state.items() for k, t in own.items()}
-        values = [
-            {k: float(v) for k, v in s.items() if k != "refresh_s" and v == v} for s in self.seen
-        ]  # v == v: no nan
-        return {**self.model.state_dict(), **tensors, "ring": self.skip.ring}, values
+        tensors, values = everything(self.model, self.opt, self.seen)
+        return tensors | {"ring": self.skip.ring}, values
 
 
 @pytest.mark.parametrize("method", METHODS)

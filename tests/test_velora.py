@@ -21,7 +21,7 @@ from optim.memory import entries
 from optim.methods import METHODS, Method
 from tests.mutants import kills
 from tests.test_attach import reachable, stored
-from tests.tiny import Tiny, batches, compile_blocks, flat, keys, moved, parallel, summed_loss, train
+from tests.tiny import Tiny, batches, compile_blocks, flat, keys, moved, parallel, shard, summed_loss, train
 
 D = torch.float64
 HOW = Velora(["v", "down"], {"v": 4, "down": 8})
@@ -297,14 +297,7 @@ def on_rank(rank, world, method, rows):
 
     model, group, tokens = Tiny(), dist.group.WORLD, batches(4)
     if rows:
-        from torch.distributed.device_mesh import init_device_mesh
-        from torch.distributed.fsdp import fully_shard
-
-        mesh = init_device_mesh("cpu", (world,))
-        for block in model.layers:
-            fully_shard(block, mesh=mesh)
-        fully_shard(model, mesh=mesh)
-        group = mesh.get_group()
+        group = shard(model, world)
     opt = attach(model, method, accum_steps=2, group=group, reduce="sum", velora=HOW, **keys(method))
     observe(model, opt, tokens[0].chunk(world)[rank], micro=2)
     train(model, opt, tokens, micro=2, rank=rank, world=world)

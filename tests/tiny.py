@@ -125,6 +125,26 @@ def keys(method):
     return known | ({"eps": 1e-6} if kind is AdapterConfig else {})
 
 
+def shard(model, world):
+    """Cuts a Tiny by rows among the ranks (FSDP2); their group."""
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+
+    mesh = init_device_mesh("cpu", (world,))
+    for block in model.layers:
+        fully_shard(block, mesh=mesh)
+    fully_shard(model, mesh=mesh)
+    return mesh.get_group()
+
+
+def everything(model, opt, seen):
+    """Weights and state by name; of each step's loss and statistics what is a number and no time."""
+    state = opt.state_dict()["state"]
+    tensors = {f"{name} {k}": t for name, own in state.items() for k, t in own.items()}
+    values = [{k: float(v) for k, v in s.items() if k != "refresh_s" and v == v} for s in seen]
+    return {**model.state_dict(), **tensors}, values
+
+
 def parallel(world, work, *args):
     """[work(rank, world, *args) of each rank] in as many gloo processes."""
     with tempfile.TemporaryDirectory() as folder:
