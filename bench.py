@@ -1,15 +1,16 @@
 """Speed and memory on one GPU, ours beside peers: same shapes, data, batch and dtype, in one run on one card.
 
     python bench.py [data=FOLDER] [out=bench.jsonl] [cases=llama_60m,llama_1b] [pairs=5] [loader=GLOB]
-                    [optim=galore_8bit,...] [tokens=N] [commit=ID]
+                    [optim=galore_8bit,...] [tokens=N] [micro_batches=K] [commit=ID]
     python bench.py profile=yes [optim=galore_8bit] [cases=llama_1b] [data=FOLDER]    where the time goes
     python bench.py saves=yes optim=galore_8bit cases=llama_7b [data=FOLDER]    how long a save holds training
     python bench.py limit=23.4 KEY=VALUE ...    train.py in a process that cannot pass so many GiB
 
 With optim=METHOD,... those stand beside our own adamw (moments bf16), all in one process, instead of adamw
 beside transformers, at llama_60m, llama_1b and llama_7b; bases are replaced every 200 steps, and the first
-round is in the timed blocks: in it 128 of 200 steps at 7b replace a basis. `tokens`: of a step, in one
-micro-batch.
+round is in the timed blocks: in it 32 of 200 steps at 7b replace those of a block. Settings of one side
+follow it after a plus: optim=galore_8bit,galore_8bit+optim.lift=deferred. `tokens`: of each of a step's
+`micro_batches` (1).
 
 FOLDER comes from `python -m data.prepare`; without one the bundled sample is prepared. Each row of the record
 is one JSON object: what, sizes, GPU, versions, commit, numbers. Ours is `train.Run` itself: loader, logging
@@ -41,6 +42,7 @@ from data.prepare import prepare
 from llama import checkpoint, pretrained
 from llama.config import ModelConfig
 from optim import Comm
+from optim.methods import METHODS
 from train import Run
 
 # model: (tokens a step, sequences a micro-batch)
@@ -162,23 +164,28 @@ def compare(model: str, folder: str, moments: str, pairs: int) -> dict[str, Any]
     peer = "bitsandbytes AdamW 32-bit" if moments == "fp32" else "torch fused AdamW"
     what = f"{model} adamw, {tokens} tokens a step, moments {moments}"
     (row,) = alternate(makers, tokens, pairs)
-    return {"what": what, "peer": f"transformers, torch.compile, {peer}", **row}
+    return {"what": what, "peer": f"transformers, torch.compile, {peer}", "micro_batches": 1, **row}
 
 
 def compare_methods(
-    model: str, folder: str, methods: str, pairs: int, tokens: int | None
+    model: str, folder: str, methods: str, pairs: int, tokens: int | None, parts: int
 ) -> list[dict[str, Any]]:
     """Methods beside our adamw with bf16 moments: a row each."""
-    step, micro = (tokens, tokens // 256) if tokens else CASES[model]
+    step, micro = (tokens * parts, tokens // 256) if tokens else (CASES[model][0] * parts, CASES[model][1])
     makers: dict[str, Any] = {}
     for name in methods.split(","):
-        more = (f"optim={name}", "optim.refresh_every=200")
-        makers[name] = lambda more=more: Ours(model, step, micro, folder, "int8", overrides=more)
+        method, *more = name.split("+")
+        moments = "bf16" if method == "adamw" else "int8" if method.endswith("8bit") else "fp32"
+        if hasattr(METHODS[method].config, "refresh_every"):
+            more = ["optim.refresh_every=200", *more]
+        makers[name] = lambda a=(f"optim={method}", *more), m=moments: Ours(
+            model, step, micro, folder, m, overrides=a
+        )
     makers["peer"] = lambda: Ours(model, step, micro, folder, "bf16")
     rows = alternate(makers, step, pairs)
     return [
         {"what": f"{model} {name}, {step} tokens a step", "peer": "our adamw, moments bf16", **row}
-        | {"refresh_every": 200, "bases": "bf16", "checkpoint": 0, "embed_moments": "int8"}
+        | {"refresh_every": 200, "bases": "bf16", "checkpoint": 0, "micro_batches": parts}
         for name, row in zip(makers, rows, strict=False)
     ]
 
@@ -220,7 +227,6 @@ def alternate(makers: dict[str, Any], tokens: int, pairs: int) -> list[dict[str,
             "ms": [round(1e3 * t, 2) for t in times[name]],
             "peer_ms": [round(1e3 * t, 2) for t in times["peer"]],
             "sequence": 256,
-            "micro_batches": 1,
             "weights": "bf16",
         })  # fmt: skip
     for side in sides.values():
@@ -369,7 +375,7 @@ def facts(commit: str | None) -> dict[str, Any]:
 
 
 def main(argv: list[str]) -> int:
-    args = dict(a.split("=", 1) for a in argv)
+    args: dict[str, str] = dict(a.split("=", 1) for a in argv)
     if "limit" in args and torch.cuda.is_available():
         return limited(float(args["limit"]), [a for a in argv if not a.startswith("limit=")])
     if not torch.cuda.is_available():
@@ -383,7 +389,7 @@ def main(argv: list[str]) -> int:
             prepare(data.DataConfig(name="sample"), Path(args["data"]), vocab_size=32_000)
     jobs: list[Callable[[], Any]] = []  # a row or several
     tokens = int(args["tokens"]) if "tokens" in args else None
-    pairs = int(args.get("pairs", 5))
+    pairs, parts = int(args.get("pairs", 5)), int(args.get("micro_batches", 1))
     for model in args.get("cases", ",".join(CASES) if "optim" in args else DENSE).split(","):
         if "profile" in args:
             profile(model, args["data"], args.get("optim", "adamw"))
@@ -392,7 +398,7 @@ def main(argv: list[str]) -> int:
             jobs.append(lambda m=model: saves(m, args["data"], args.get("optim", "galore_8bit")))
             continue
         if "optim" in args:
-            jobs.append(lambda m=model: compare_methods(m, args["data"], args["optim"], pairs, tokens))
+            jobs.append(lambda m=model: compare_methods(m, args["data"], args["optim"], pairs, tokens, parts))
             continue
         for moments in ("fp32", "bf16"):
             jobs.append(lambda m=model, s=moments: compare(m, args["data"], s, pairs))

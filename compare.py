@@ -55,7 +55,7 @@ RUNS |= {
 }
 ADAPTER = "gradnormlorp_adapter_8bit"
 RUNS |= {
-    f"{m} lr={lr:g} {' '.join(more)}": (m, [f"optim.lr={lr}", *(f"optim.{x}" for x in more)])
+    f"{m} lr={lr:g} {' '.join(more)}".rstrip(): (m, [f"optim.lr={lr}", *(f"optim.{x}" for x in more)])
     for m, lr, more in (
         ("gradnormlorp_8bit", 0.01, ["rounding=nearest"]),
         ("gradnormlorp_8bit", 0.01, ["mag_scale=1"]),
@@ -65,7 +65,9 @@ RUNS |= {
         (ADAPTER, 0.01, ["detach_norm=true"]),
         (ADAPTER, 0.01, ["finder=svd"]),
         (ADAPTER, 0.01, ["core_rank=32"]),
-        ("galore_8bit", 0.01, ["lift=deferred"]),
+        *((m, lr, ["lift=deferred"]) for m in ("galore_8bit", "gradnormlorp_8bit") for lr in (0.001, 0.01)),
+        *((m, 0.001, []) for m in ("galore_8bit", "gradnormlorp_8bit")),
+        ("gradnormlorp_8bit", 0.001, ["rounding=nearest"]),
         ("natural_galore", 0.01, ["history=0"]),
         ("natural_galore", 0.01, ["history=8"]),
         *(("adarankgrad_8bit", 0.01, [f"energy={e}", "rank_min=8"]) for e in (0.52, 0.77, 0.9)),
@@ -73,22 +75,22 @@ RUNS |= {
         ("adarankgrad_8bit", 0.01, ["adapt_refresh=false"]),
     )
 }
-RUNS |= {  # VeLoRA on v and down; sub-tokens of 8 to 172 numbers
-    f"{m} lr={lr:g} velora group={g or 'default'}": (
+VELORA = [  # method, rate, scale, group; sub-tokens of 8 to 172 numbers
+    *((m, lr, None, None) for m in ("adamw", "galore_8bit", "gradnormlorp_8bit") for lr in LRS[m]),
+    *(("galore_8bit", lr, 0.5, None) for lr in LRS["galore_8bit"]),
+    ("adamw", 8e-3, 0.125, None),
+    *(("galore_8bit", 1e-2, None, g) for g in ("8", "16", "{v:64,down:86}", "{v:128,down:172}")),
+]
+RUNS |= {
+    " ".join(
+        [m, f"lr={lr:g}", *([f"scale={scale:g}"] if scale else []), "velora"]
+        + ([f"group={group.strip('{}').replace(',', ' ')}"] if group else [])
+    ): (
         m,
-        [f"optim.lr={lr}", *MORE.get(m, []), "activations=velora", f"activations.group={g or 'null'}"],
+        [f"optim.lr={lr}", *MORE.get(m, []), *([f"optim.scale={scale}"] if scale else [])]
+        + ["activations=velora", f"activations.group={group or 'null'}"],
     )
-    for m, lrs in (
-        ("adamw", LRS["adamw"]),
-        ("galore_8bit", LRS["galore_8bit"]),
-        ("gradnormlorp_8bit", (1e-2,)),
-    )
-    for lr in lrs
-    for g in (
-        (None, 8, 16, "{v:64,down:86}", "{v:128,down:172}")
-        if lr == lrs[len(lrs) // 2] and m == "galore_8bit"
-        else (None,)
-    )
+    for m, lr, scale, group in VELORA
 }
 RUNS |= {
     "adamw lr=0.008 scale=0.125": ("adamw", ["optim.lr=8e-3", "optim.scale=0.125", "optim.beta2=0.95"]),
