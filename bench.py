@@ -1,8 +1,8 @@
 """Speed and memory on one GPU, ours beside peers: same shapes, data, batch and dtype, in one run on one card.
 
     python bench.py [data=FOLDER] [out=bench.jsonl] [cases=llama_60m,llama_1b] [pairs=5] [loader=GLOB]
-                    [optim=galore_8bit,...] [tokens=N] [micro_batches=K] [commit=ID]
-    python bench.py profile=yes [optim=galore_8bit] [cases=llama_1b] [data=FOLDER]    where the time goes
+                    [optim=galore_8bit,...] [tokens=N] [micro_batches=K] [warm=N] [commit=ID]
+    python bench.py profile=yes [optim=galore_8bit,...] [cases=llama_1b] [data=FOLDER] [tokens=N]
     python bench.py saves=yes optim=galore_8bit cases=llama_7b [data=FOLDER]    how long a save holds training
     python bench.py limit=23.4 KEY=VALUE ...    train.py in a process that cannot pass so many GiB
 
@@ -10,7 +10,7 @@ With optim=METHOD,... those stand beside our own adamw (moments bf16), all in on
 beside transformers, at llama_60m, llama_1b and llama_7b; bases are replaced every 200 steps, and the first
 round is in the timed blocks: in it 32 of 200 steps at 7b replace those of a block. Settings of one side
 follow it after a plus: optim=galore_8bit,galore_8bit+optim.lift=deferred. `tokens`: of each of a step's
-`micro_batches` (1).
+`micro_batches` (1). `warm`: steps of each method before the timed ones. `profile` says where the time goes.
 
 FOLDER comes from `python -m data.prepare`; without one the bundled sample is prepared. Each row of the record
 is one JSON object: what, sizes, GPU, versions, commit, numbers. Ours is `train.Run` itself: loader, logging
@@ -28,6 +28,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from functools import partial
 from glob import glob
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -167,22 +168,31 @@ def compare(model: str, folder: str, moments: str, pairs: int) -> dict[str, Any]
     return {"what": what, "peer": f"transformers, torch.compile, {peer}", "micro_batches": 1, **row}
 
 
+def sizes(model: str, tokens: int | None, parts: int) -> tuple[int, int]:
+    """Tokens a step, sequences a micro-batch."""
+    each, micro = (tokens, tokens // 256) if tokens else CASES[model]
+    return each * parts, micro
+
+
+def make_side(side: str, model: str, step: int, micro: int, folder: str) -> Ours:
+    """METHOD[+KEY=VALUE...] with the moments of its name, bf16 for adamw."""
+    method, *more = side.split("+")
+    moments = "bf16" if method == "adamw" else "int8" if method.endswith("8bit") else "fp32"
+    if hasattr(METHODS[method].config, "refresh_every"):
+        more = ["optim.refresh_every=200", *more]
+    return Ours(model, step, micro, folder, moments, overrides=(f"optim={method}", *more))
+
+
 def compare_methods(
-    model: str, folder: str, methods: str, pairs: int, tokens: int | None, parts: int
+    model: str, folder: str, methods: str, pairs: int, tokens: int | None, parts: int, warm: int
 ) -> list[dict[str, Any]]:
     """Methods beside our adamw with bf16 moments: a row each."""
-    step, micro = (tokens * parts, tokens // 256) if tokens else (CASES[model][0] * parts, CASES[model][1])
-    makers: dict[str, Any] = {}
-    for name in methods.split(","):
-        method, *more = name.split("+")
-        moments = "bf16" if method == "adamw" else "int8" if method.endswith("8bit") else "fp32"
-        if hasattr(METHODS[method].config, "refresh_every"):
-            more = ["optim.refresh_every=200", *more]
-        makers[name] = lambda a=(f"optim={method}", *more), m=moments: Ours(
-            model, step, micro, folder, m, overrides=a
-        )
+    step, micro = sizes(model, tokens, parts)
+    makers: dict[str, Any] = {
+        name: partial(make_side, name, model, step, micro, folder) for name in methods.split(",")
+    }
     makers["peer"] = lambda: Ours(model, step, micro, folder, "bf16")
-    rows = alternate(makers, step, pairs)
+    rows = alternate(makers, step, pairs, warm)
     return [
         {"what": f"{model} {name}, {step} tokens a step", "peer": "our adamw, moments bf16", **row}
         | {"refresh_every": 200, "bases": "bf16", "checkpoint": 0, "micro_batches": parts}
@@ -190,8 +200,9 @@ def compare_methods(
     ]
 
 
-def alternate(makers: dict[str, Any], tokens: int, pairs: int) -> list[dict[str, Any]]:
-    """All sides in turn: medians of their blocks, and of each pair the ratio. A row for each but the peer."""
+def alternate(makers: dict[str, Any], tokens: int, pairs: int, warm: int = 0) -> list[dict[str, Any]]:
+    """All sides in turn: medians of their blocks, and of each pair the ratio. A row for each but the peer,
+    which trains for `warm` steps before its first block."""
     sides: dict[str, Any] = {}
     peaks, static, held, counts = {}, {}, {}, {}
     for name, make in makers.items():
@@ -205,16 +216,23 @@ def alternate(makers: dict[str, Any], tokens: int, pairs: int) -> list[dict[str,
         peaks[name] = (torch.cuda.max_memory_allocated() - before) / 2**30  # `before`: the other side's
         torch.cuda.empty_cache()
         held[name] = (torch.cuda.memory_reserved() - reserved) / 2**30
+    for name, side in sides.items():
+        if name != "peer":
+            side.steps(warm)
+            if warm:
+                side.ends.clear()
     times: dict[str, list[float]] = {name: [] for name in sides}
     for _ in range(pairs):
         for name, side in sides.items():
             times[name].append(timed(side, counts[name]))
     rows = []
     for name in [name for name in sides if name != "peer"]:
-        row: dict[str, Any] = {}
+        row: dict[str, Any] = {"warm_steps": warm} if warm else {}
         opt = getattr(getattr(sides[name], "run", None), "opt", None)
         if opt is not None and opt.bases:
             row |= {"bases_found": list(opt.first_round), **sides[name].refreshes()}
+            if opt.adarank:
+                row["mean_rank"] = round(sum(b.r for b in opt.bases) / len(opt.bases), 1)
         rows.append(row | {
             "tokens_per_s": round(tokens / median(times[name])),
             "peer_tokens_per_s": round(tokens / median(times["peer"])),
@@ -253,22 +271,18 @@ def limited(gib: float, argv: list[str]) -> int:
     return code
 
 
-def profile(model: str, folder: str, method: str) -> None:
-    """Prints where a method's steps spend their time on the GPU, and where the GPU waits and what for."""
+def profile(model: str, folder: str, side: str, tokens: int | None) -> None:
+    """Prints on which kernels some steps of a method spend the GPU's time, and where the GPU waits and what
+    for."""
     from torch.profiler import ProfilerActivity
     from torch.profiler import profile as record
 
-    tokens, micro = CASES[model]
-    side = Ours(
-        model, tokens, micro, folder, "int8", overrides=(f"optim={method}", "optim.refresh_every=200")
-    )
-    side.steps(12)
+    trained = make_side(side, model, *sizes(model, tokens, 1), folder)
+    trained.steps(12)
     torch.cuda.synchronize()
     with record(activities=[ProfilerActivity.CUDA, ProfilerActivity.CPU]) as seen:
-        side.steps(12)
+        trained.steps(12)
         torch.cuda.synchronize()
-    table = seen.key_averages().table(sort_by="self_cuda_time_total", row_limit=30, max_name_column_width=70)
-    print("\n".join(line[:70] + line[145:][-75:] for line in table.splitlines()))
     events = seen.events() or []
     cuda = torch.autograd.DeviceType.CUDA
     busy = sorted((e.time_range.start, e.time_range.end) for e in events if e.device_type == cuda)
@@ -279,13 +293,22 @@ def profile(model: str, folder: str, method: str) -> None:
             idle += start - end
             gaps.append((start - end, end))
         end = max(end, stop)
-    found, whole = sum(refresh for refresh, _ in side.ends[-12:]), end - busy[0][0]
-    print(f"12 steps, {found} with a refresh: {whole / 12e3:.1f} ms each, {idle / 12e3:.1f} of it idle")
-    for length, at in sorted(gaps, reverse=True)[:20]:
+    found, whole = sum(refresh for refresh, _ in trained.ends[-12:]), end - busy[0][0]
+    kernels: dict[str, list[float]] = {}
+    for e in events:
+        if e.device_type == cuda:
+            kernels.setdefault(e.name, []).append(e.time_range.elapsed_us())
+    print(
+        f"{model} {side}: {whole / 12e3:.2f} ms a step, {found} of 12 with a refresh, idle {idle / whole:.1%}"
+    )
+    for name, times in sorted(kernels.items(), key=lambda x: -sum(x[1]))[:24]:
+        total = sum(times)
+        print(f"{total / 12e3:8.2f} ms {total / whole:6.1%} {len(times) / 12:7.1f} a step  {name[:90]}")
+    for length, at in sorted(gaps, reverse=True)[:12]:
         during = [e for e in host if e.time_range.start <= at + length / 2 <= e.time_range.end]
         names = [e.name for e in sorted(during, key=lambda e: e.time_range.elapsed_us())[:4]]
-        print(f"{length / 1e3:7.2f} ms at {(at - busy[0][0]) / 1e3:8.1f}: {' < '.join(names)}")
-    side.close()
+        print(f"idle {length / 1e3:6.2f} ms at {(at - busy[0][0]) / 1e3:8.1f}: {' < '.join(names)}")
+    trained.close()
 
 
 def saves(model: str, folder: str, method: str) -> dict[str, Any]:
@@ -317,6 +340,7 @@ def saves(model: str, folder: str, method: str) -> dict[str, Any]:
     row["bytes"] = checkpoint.size_of(run.tensors())
     row["train_peak_gib"] = peak_gib(cuda)
     cfg, place = run.cfg, Path(side.scratch.name)
+    run.opt.detach()  # or its hooks would keep all of it beside the run that goes on
     side.close()
     del run, side.run
     gc.collect()
@@ -389,16 +413,19 @@ def main(argv: list[str]) -> int:
             prepare(data.DataConfig(name="sample"), Path(args["data"]), vocab_size=32_000)
     jobs: list[Callable[[], Any]] = []  # a row or several
     tokens = int(args["tokens"]) if "tokens" in args else None
-    pairs, parts = int(args.get("pairs", 5)), int(args.get("micro_batches", 1))
+    pairs, parts, warm = (int(args.get(k, n)) for k, n in (("pairs", 5), ("micro_batches", 1), ("warm", 0)))
     for model in args.get("cases", ",".join(CASES) if "optim" in args else DENSE).split(","):
         if "profile" in args:
-            profile(model, args["data"], args.get("optim", "adamw"))
+            for side in args.get("optim", "adamw").split(","):
+                profile(model, args["data"], side, tokens)
             continue
         if "saves" in args:
             jobs.append(lambda m=model: saves(m, args["data"], args.get("optim", "galore_8bit")))
             continue
         if "optim" in args:
-            jobs.append(lambda m=model: compare_methods(m, args["data"], args["optim"], pairs, tokens, parts))
+            jobs.append(
+                lambda m=model: compare_methods(m, args["data"], args["optim"], pairs, tokens, parts, warm)
+            )
             continue
         for moments in ("fp32", "bf16"):
             jobs.append(lambda m=model, s=moments: compare(m, args["data"], s, pairs))

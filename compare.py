@@ -68,6 +68,7 @@ RUNS |= {
         *((m, lr, ["lift=deferred"]) for m in ("galore_8bit", "gradnormlorp_8bit") for lr in (0.001, 0.01)),
         *((m, 0.001, []) for m in ("galore_8bit", "gradnormlorp_8bit")),
         ("gradnormlorp_8bit", 0.001, ["rounding=nearest"]),
+        *(("galore_8bit", 0.01, [f"rank={r}"]) for r in (64, 88)),  # adarankgrad's least, and its mean
         ("natural_galore", 0.01, ["history=0"]),
         ("natural_galore", 0.01, ["history=8"]),
         *(("adarankgrad_8bit", 0.01, [f"energy={e}", "rank_min=8"]) for e in (0.52, 0.77, 0.9)),

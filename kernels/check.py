@@ -1,13 +1,14 @@
 """Are the kernels right on this card, and how fast?
 
-    python -m kernels.check [out=FILE.json]
+    python -m kernels.check [out=FILE.json] [shape=ROWSxCOLUMNS]
 
 Each kernel beside its reference on the same inputs, of the sizes of a 7B model; then its time, and the rate
 at which it moves what it must (read and written once). Then what the card itself does: copies, products,
 launches, copies from the host; and one line that says whether all agree, exit code 1 if not. With `out` all
 of it as JSON.
 
-Without a GPU, under Triton's interpreter (TRITON_INTERPRET=1), small sizes are checked and nothing is timed.
+With `shape` that size is checked and nothing timed, as for `compute-sanitizer python -m kernels.check
+shape=33x300`; so are small sizes without a GPU, under Triton's interpreter (TRITON_INTERPRET=1).
 """
 
 from __future__ import annotations
@@ -111,7 +112,7 @@ def constants() -> dict[str, float]:
 
 def main(argv: list[str]) -> int:
     given = dict(a.split("=", 1) for a in argv)
-    if set(given) - {"out"}:
+    if set(given) - {"out", "shape"}:
         print(__doc__, file=sys.stderr)
         return 2
     gpu = torch.cuda.is_available() and "TRITON_INTERPRET" not in os.environ
@@ -119,27 +120,29 @@ def main(argv: list[str]) -> int:
         print(f"{__doc__}\nThis needs an NVIDIA GPU, and torch sees none here.", file=sys.stderr)
         return 2
     device = torch.device("cuda" if gpu else "cpu")
+    rows, cols = map(int, given["shape"].split("x")) if "shape" in given else SMALL
+    small = (rows, cols) if "shape" in given or not gpu else None
     found: dict[str, Any] = {"kernels": {}}
     peak = 0.0
-    if gpu:
+    if not small:
         found |= constants()
         peak = found["copy_bytes_per_s"]
     card = torch.cuda.get_device_name() if gpu else "Triton's interpreter"
     print(f"{card}, torch {torch.__version__}")
     print(f"{'kernel':<16}{'rows x columns':>16}{'off by':>8}{'':>6}{'ms':>9}{'GB/s':>7}{'of copy':>9}")
     for name, case in CASES.items():
-        shape = shape_of(name) if gpu else SMALL
+        shape = small or shape_of(name)
         off = apart(case, shape, device)
         line: dict[str, Any] = {"shape": shape, "off": off}
         text = f"{name:<16}{'x'.join(map(str, shape)):>16}{off:>8.2f}{'' if off <= 1 else ' WRONG':>6}"
-        if gpu:
+        if not small:
             x = case.make(*shape, device)
             line["seconds"] = timed(lambda case=case, x=x: case.call(x, "triton"))  # type: ignore[misc]
             rate = case.bytes(x) / line["seconds"]
             text += f"{1e3 * line['seconds']:>9.3f}{rate / 1e9:>7.0f}{rate / peak:>9.0%}"
         print(text, flush=True)
         found["kernels"][name] = line
-    if gpu:
+    if not small:
         products = (
             f"{found['product_flops'] / 1e12:.0f} TFLOP/s, of rank 1024 {found['lift_flops'] / 1e12:.0f}"
         )

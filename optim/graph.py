@@ -26,8 +26,6 @@ from .engine import Engine
 log = logging.getLogger("subspan")
 EAGER = 2  # steps of this process before a capture: they compile the model, and make what lasts
 QUIET = 20  # and after tensors were replaced, which may go on: a capture costs as much as two of them
-# Capture steps that replace bases too: right on a CPU stand-in (tests/test_graph.py), not yet seen on a GPU.
-REFRESHES = False
 MOST = 600  # blocks times micro-batches in all graphs: 10 kB and, once, 50 microseconds a launch in it
 
 
@@ -45,7 +43,7 @@ class Steps:
     def __init__(self, opt: Engine, wanted: bool, passes: int = 1) -> None:
         """passes: through blocks in a step."""
         self.opt, self.wanted = opt, wanted and passes <= MOST
-        self.refreshes = REFRESHES and passes * (1 + opt.turns) <= MOST
+        self.refreshes = passes * (1 + opt.turns) <= MOST
         self.graphs: dict[int, Graph] = {}  # by Engine.kind
         self.version = opt.version  # that they belong to
         self.wait = EAGER  # steps until one may be captured

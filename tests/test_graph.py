@@ -59,7 +59,6 @@ def record(graph, *args, **kwargs):
 @pytest.fixture(autouse=True)
 def stand_in(monkeypatch):
     cuda = optim.graph.torch.cuda
-    monkeypatch.setattr(optim.graph, "REFRESHES", True)
     monkeypatch.setattr(cuda, "CUDAGraph", Recorder)
     monkeypatch.setattr(cuda, "graph", record)
     monkeypatch.setattr(cuda, "graph_pool_handle", lambda: (0, 1))

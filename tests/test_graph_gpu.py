@@ -22,11 +22,6 @@ CFG = ModelConfig(
 STEPS, K, ROWS, LENGTH = 26, 2, 8, 64
 
 
-@pytest.fixture(autouse=True)
-def refreshes(monkeypatch):
-    monkeypatch.setattr(optim.graph, "REFRESHES", True)
-
-
 @contextmanager
 def deterministic():
     torch.use_deterministic_algorithms(True, warn_only=True)
@@ -80,8 +75,9 @@ class Training:
 
 @pytest.mark.parametrize("method", METHODS)
 def test_a_captured_step_is_the_step(method):
+    settings = {"adapt_rank": False} if method.startswith("adarankgrad") else {}
     with deterministic():
-        sides = [Training(method, wanted) for wanted in (True, False)]
+        sides = [Training(method, wanted, **settings) for wanted in (True, False)]
         for t in sides:
             t.train(STEPS)
     captured = {-1, 0, 1, 2} if sides[0].opt.bases and not sides[0].opt.adapters else {-1}
@@ -112,6 +108,23 @@ def test_settings_are_captured_alike(settings):
             t.train(STEPS)
     assert -1 in sides[0].runner.graphs
     (tensors, _), (want, _) = (t.everything() for t in sides)
+    for name, t in want.items():
+        assert torch.equal(tensors[name].nan_to_num(), t.nan_to_num()), name
+
+
+def test_a_rank_that_changes_ends_graphs_and_others_follow(monkeypatch):
+    monkeypatch.setattr(optim.graph, "QUIET", 1)
+    captured, capture = [], Steps._capture
+    monkeypatch.setattr(
+        Steps, "_capture", lambda self, *a: (captured.append(self.version), capture(self, *a))[1]
+    )
+    with deterministic():
+        sides = [Training("adarankgrad_8bit", wanted) for wanted in (True, False)]
+        for t in sides:
+            t.train(2 * STEPS)
+    assert len(set(captured)) > 2 and len({b.r for b in sides[0].opt.bases}) > 1
+    (tensors, values), (want, wanted) = (t.everything() for t in sides)
+    assert values == wanted
     for name, t in want.items():
         assert torch.equal(tensors[name].nan_to_num(), t.nan_to_num()), name
 

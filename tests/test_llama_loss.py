@@ -3,9 +3,12 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from llama import loss as loss_module
 from llama.loss import IGNORE, linear_cross_entropy
+from tests.mutants import kills
 
 N, D, V = 37, 16, 53
 
@@ -32,8 +35,12 @@ def chunked(chunk):
     return lambda h, w, y: linear_cross_entropy(h, w, y, impl="chunked", chunk=chunk)
 
 
+@kills("llama/loss.py", "start : start + rows].t()", "start : start + rows - 1].t()")
+@kills("llama/loss.py", "part = buffer[: a.shape[0]]", "part = buffer[:rows]")
+@pytest.mark.parametrize("rows", [5, V, V + 1])
 @pytest.mark.parametrize("chunk", [1, 7, 36, 37, 64, None])
-def test_float64_equals_full_logits_for_every_chunk(chunk):
+def test_float64_equals_full_logits_for_every_chunk(chunk, rows, monkeypatch):
+    monkeypatch.setattr(loss_module, "SLICE", rows * D)
     h, w, y = inputs(torch.float64)
     for ours, exact in zip(result(chunked(chunk), h, w, y, 0.3), result(plain, h, w, y, 0.3), strict=True):
         assert ours.dtype == torch.float64
@@ -81,13 +88,14 @@ def test_only_what_needs_a_gradient_gets_one():
         torch.testing.assert_close(leaves[1 - frozen].grad, expected[2 - frozen])
 
 
+@pytest.mark.parametrize("chunk", [8, N])
 @pytest.mark.parametrize("scale", [1.0, 1 / 131073])  # as the sum, and divided by a number of tokens
-def test_bf16_error_is_at_most_twice_torchs(scale):
+def test_bf16_error_is_at_most_twice_torchs(scale, chunk):
     h, w, y = inputs(torch.bfloat16)
     exact = result(
         plain, h.detach().double().requires_grad_(), w.detach().double().requires_grad_(), y, scale
     )
-    ours = result(chunked(8), h, w, y, scale)
+    ours = result(chunked(chunk), h, w, y, scale)
     torchs = result(lambda h, w, y: linear_cross_entropy(h, w, y, impl="plain"), h, w, y, scale)
     assert ours[0].dtype == torch.float32 and ours[1].dtype == ours[2].dtype == torch.bfloat16
     for name, a, b, e in zip(("loss", "dh", "dw"), ours, torchs, exact, strict=True):
@@ -95,10 +103,12 @@ def test_bf16_error_is_at_most_twice_torchs(scale):
         assert (a - e).norm() <= allowed, name
 
 
-def test_scale_is_not_rounded_to_bf16():
+@kills("llama/loss.py", "torch.mul(part, scale.reshape(1, 1)", "torch.mul(part, scale.to(h.dtype)")
+@pytest.mark.parametrize("chunk", [8, N])
+def test_scale_is_not_rounded_to_bf16(chunk):
     h, w, y = inputs(torch.bfloat16)
     scale = torch.tensor(0.7012)  # halfway between two bf16 numbers
-    one, scaled = result(chunked(8), h, w, y), result(chunked(8), h, w, y, scale)
+    one, scaled = result(chunked(chunk), h, w, y), result(chunked(chunk), h, w, y, scale)
     for a, b in zip(one[1:], scaled[1:], strict=True):
         ratio = (b.double() * a.double()).sum() / a.double().square().sum()
         assert abs(ratio / scale - 1) < 5e-4  # rounding the scale to bf16 first is off by 2.7e-3
@@ -118,10 +128,11 @@ def test_chunk_of_fp32_weight_gradients_is_summed_in_fp32():
     assert error < 2**-8  # 256 chunks added in bf16 lose 2e-2
 
 
-def test_autocast_computes_in_bf16_and_returns_fp32_gradients():
+@pytest.mark.parametrize("chunk", [8, N])
+def test_autocast_computes_in_bf16_and_returns_fp32_gradients(chunk):
     h, w, y = inputs(torch.float32)
     with torch.autocast("cpu", torch.bfloat16):
-        loss, dh, dw = result(chunked(8), h, w, y)
+        loss, dh, dw = result(chunked(chunk), h, w, y)
     exact = result(plain, h, w, y)
     assert loss.dtype == dh.dtype == dw.dtype == torch.float32
     for a, e in zip((loss, dh, dw), exact, strict=True):
@@ -138,3 +149,27 @@ def test_nothing_of_the_size_of_the_logits_is_saved_or_made(monkeypatch):
     with torch.autograd.graph.saved_tensors_hooks(lambda t: (seen.append(t.numel()), t)[1], lambda t: t):
         linear_cross_entropy(h, w, y, chunk=8)
     assert seen[:5] == [8, 8, 8, 8, 5] and sorted(seen[5:]) == sorted([h.numel(), w.numel()])
+
+
+class Sizes(TorchDispatchMode):
+    """Of every fp32 tensor that an operation returns."""
+
+    def __init__(self):
+        super().__init__()
+        self.seen = set()
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        out = function(*args, **(kwargs or {}))
+        self.seen |= {t.shape for t in tree_leaves(out) if getattr(t, "dtype", None) == torch.float32}
+        return out
+
+
+@kills("llama/loss.py", "ctx.waits = need_weight and h.shape[0] <= chunk", "ctx.waits = False")
+def test_with_one_chunk_no_weight_gradient_is_ever_whole_in_fp32(monkeypatch):
+    monkeypatch.setattr(loss_module, "SLICE", 10 * D)
+    h, w, y = inputs(torch.bfloat16)
+    for chunk, whole in ((8, True), (N, False)):
+        w.grad = None
+        with Sizes() as sizes:
+            linear_cross_entropy(h, w, y, chunk=chunk).backward()
+        assert ((V, D) in sizes.seen) == whole and w.grad.shape == (V, D)
