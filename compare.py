@@ -69,8 +69,7 @@ RUNS |= {
         *((m, 0.001, []) for m in ("galore_8bit", "gradnormlorp_8bit")),
         ("gradnormlorp_8bit", 0.001, ["rounding=nearest"]),
         *(("galore_8bit", 0.01, [f"rank={r}"]) for r in (64, 88)),  # adarankgrad's least, and its mean
-        ("natural_galore", 0.01, ["history=0"]),
-        ("natural_galore", 0.01, ["history=8"]),
+        *(("natural_galore_8bit", 0.01, [x]) for x in ("damping=0.1", "damping=10", "history=16")),
         *(("adarankgrad_8bit", 0.01, [f"energy={e}", "rank_min=8"]) for e in (0.52, 0.77, 0.9)),
         ("adarankgrad_8bit", 0.01, ["adapt_rank=false"]),
         ("adarankgrad_8bit", 0.01, ["adapt_refresh=false"]),
@@ -226,14 +225,14 @@ def plot(record: str, to: str, methods: str | None) -> None:
     matplotlib.use("agg")
     import matplotlib.pyplot as plt
 
-    families: dict[str, list[dict[str, Any]]] = {}
+    families: dict[str, dict[str, dict[str, Any]]] = {}
     for line in open(record, encoding="utf-8"):
         r = json.loads(line)
         name = r.get("run", "").partition(" ")[0]
         if "losses" in r and r["seed"] == 0 and (methods is None or name in methods.split(",")):
-            families.setdefault(family(r["run"]), []).append(r)
+            families.setdefault(family(r["run"]), {})[r["run"]] = r  # the newest of a name
     best: dict[str, dict[str, Any]] = {}  # by method
-    for r in sorted((r for rows in families.values() for r in rows), key=lambda r: r["val_ppl_a"]):
+    for r in sorted((r for rows in families.values() for r in rows.values()), key=lambda r: r["val_ppl_a"]):
         if r["run"] in RUNS:  # not what can no longer be run
             best.setdefault(r["run"].partition(" ")[0], r)
 
@@ -241,7 +240,7 @@ def plot(record: str, to: str, methods: str | None) -> None:
         return r["run"].split("lr=")[-1].split(" ")[0]
 
     panels = [
-        (f"{name} (half A)", sorted(rows, key=lambda r: float(rate(r))), "a")
+        (f"{name} (half A)", sorted(rows.values(), key=lambda r: float(rate(r))), "a")
         for name, rows in sorted(families.items())
         if len(rows) > 1
     ]

@@ -2,17 +2,17 @@
 
 With h_1 ... h_c the last c <= s gradients in coordinates, as vectors, the newest one g = h_n among them:
 
-    F = lambda I + H H^T,  K = H^T H        g~ = F^-1 g = H w,  (lambda I + K) w = e_n
+    F = lambda I + H H^T,  K = H^T H        g~ = lambda F^-1 g = lambda H w,  (lambda I + K) w = e_n
 
-The paper's Woodbury step g / lambda - H (I + K / lambda)^-1 H^T g / lambda^2 is the same vector, as g is a
+The paper's Woodbury step g / lambda - H (I + K / lambda)^-1 H^T g / lambda^2 is g~ / lambda, as g is a
 column of H, but a difference of large ones: in fp32, at lambda = 1e-5, it is 1.8e-3 off, this form 1e-7.
-One vector (s = 1) gives g / (lambda + ||g||^2), a rescaling. <g~, g> > 0 for g != 0.
+<g~, g> > 0 for g != 0.
 
 lambda = damping tr(K) / c, where tr(K) / c is the mean square of the norms: an absolute one, 1e-3 in
-published code, makes the method GaLore wherever gradients are small. With large damping g~ is g / lambda;
-lambda follows the norms of the last c gradients, so Adam then does what GaLore's would on gradients of one
-length. Published code keeps old vectors when the basis is replaced; here they are cleared, or rotated and K
-computed anew.
+published code, makes the method GaLore wherever gradients are small. Adam does not see a factor that stays,
+as the paper's 1 / lambda would; this lambda follows the norms, and without it in front Adam would be given
+gradients of one length, 3.4 points of perplexity worse at 60M. With large damping g~ is g. Published code
+keeps old vectors when the basis is replaced; here they are cleared, or rotated and K computed anew.
 
 H is stored as the moments are; K is the Gram matrix of what is stored, and positive semidefinite therefore.
 This update's g enters its own system before it is rounded.
@@ -86,19 +86,19 @@ class Natural(Adam):
         return (w @ past).view(g.shape)
 
     def _weights(self, gram: Tensor, slot: Tensor, count: Tensor) -> Tensor:
-        """w (s,), 0 for K = 0: with K / tr(K) for K and damping / c for lambda, and then over tr(K).
+        """lambda w (s,), all from K / tr(K): with d = damping / c it is d (K / tr(K) + d I)^-1 e_n.
 
-        Its condition number is at most 1 + c / damping. An empty place is a row of zeros, and w is 0 there.
+        The condition number is at most 1 + c / damping. An empty place is a row of zeros, and w is 0 there.
         """
         info = torch.finfo(gram.dtype)
         trace = gram.diagonal().sum()
-        inverse = torch.where(trace > info.tiny / info.eps, 1 / trace, 0.0)  # Adam squares what comes of it
-        system = gram * inverse
-        system.diagonal().add_(self.damping / count.to(gram.dtype))
+        system = gram * torch.where(trace > info.tiny / info.eps, 1 / trace, 0.0)
+        damping = self.damping / count.to(gram.dtype)
+        system.diagonal().add_(damping)
         factor, _ = torch.linalg.cholesky_ex(system)
         newest = torch.zeros_like(gram[:, :1]).index_fill_(0, slot, 1.0)
         half = torch.linalg.solve_triangular(factor, newest, upper=False)
-        return torch.linalg.solve_triangular(factor.t(), half, upper=True)[:, 0] * inverse
+        return torch.linalg.solve_triangular(factor.t(), half, upper=True)[:, 0] * damping
 
     @subspace.ieee()
     def moved_(self, state: dict[str, Tensor], rotated: bool, total: Total = alone) -> None:
