@@ -1,22 +1,27 @@
 """Speed and memory on one GPU, ours beside peers: same shapes, data, batch and dtype, in one run on one card.
 
     python bench.py [data=FOLDER] [out=bench.jsonl] [cases=llama_60m,llama_1b] [pairs=5] [loader=GLOB]
-                    [optim=galore_8bit,...] [tokens=N] [micro_batches=K] [warm=N] [commit=ID]
+                    [optim=galore_8bit,...] [peers=liger,...] [tokens=N] [micro_batches=K] [warm=N]
+                    [commit=ID]
     python bench.py profile=yes [optim=galore_8bit,...] [cases=llama_1b] [data=FOLDER] [tokens=N]
     python bench.py saves=yes optim=galore_8bit cases=llama_7b [data=FOLDER]    how long a save holds training
     python bench.py limit=23.4 KEY=VALUE ...    train.py in a process that cannot pass so many GiB
 
-With optim=METHOD,... those stand beside our own adamw (moments bf16), all in one process, instead of adamw
-beside transformers, at llama_60m, llama_1b and llama_7b; bases are replaced every 200 steps, and the first
-round is in the timed blocks: in it 32 of 200 steps at 7b replace those of a block. Settings of one side
-follow it after a plus: optim=galore_8bit,galore_8bit+optim.lift=deferred. `tokens`: of each of a step's
-`micro_batches` (1). `warm`: steps of each method before the timed ones. `profile` says where the time goes.
+By itself: galore_8bit and gradnormlorp_8bit beside our own adamw (moments bf16), then every peer beside our
+adamw, at 7B, where both would not fit, beside galore_8bit. What is in the record already, of this commit and
+card, is not measured again. `optim` names other methods, `peers` what stands beside them: adamw (ours),
+transformers, bitsandbytes, bitsandbytes_32bit, liger, liger_checkpointing, galore_torch,
+apollo_torch.
+
+Bases are replaced every 200 steps, and the first round is in the timed blocks: in it 32 of 200 steps at 7b
+replace those of a block. Settings of one side follow it after a plus: optim=galore_8bit+optim.lift=deferred.
+`tokens`: of each of a step's `micro_batches` (1). `warm`: steps of each method before the timed ones.
+`profile` says where the time goes.
 
 FOLDER comes from `python -m data.prepare`; without one the bundled sample is prepared. Each row of the record
 is one JSON object: what, sizes, GPU, versions, commit, numbers. Ours is `train.Run` itself: loader, logging
-and optimizer included. The peer is transformers' LlamaForCausalLM under torch.compile with a fused AdamW, fed
-by the same loader. Sides alternate in blocks of steps; the medians of the blocks count, and of each pair the
-ratio.
+and optimizer included. Sides alternate in blocks of steps; the medians of the blocks count, and of each pair
+the ratio.
 """
 
 from __future__ import annotations
@@ -48,7 +53,6 @@ from train import Run
 
 # model: (tokens a step, sequences a micro-batch)
 CASES = {"llama_60m": (65_536, 256), "llama_1b": (4_096, 16), "llama_7b": (4_096, 16)}
-DENSE = "llama_60m,llama_1b"
 BLOCK_S = 2.0  # seconds of steps in a block
 PACKAGES = ("torch", "triton", "transformers", "bitsandbytes", "liger-kernel")
 
@@ -105,13 +109,22 @@ class Ours:
         self.run.close()
 
 
+# All on transformers' LlamaForCausalLM with bf16 weights and the moments that each optimizer keeps for them.
+PEERS = {
+    "transformers": "transformers, torch.compile, torch fused AdamW",
+    "bitsandbytes_32bit": "transformers, torch.compile, bitsandbytes AdamW 32-bit",
+    "bitsandbytes": "transformers, torch.compile, bitsandbytes AdamW 8-bit",
+    "liger": "transformers, Liger, torch fused AdamW",
+    "liger_checkpointing": "transformers, Liger, gradient checkpointing, torch fused AdamW",
+    "galore_torch": "transformers, torch.compile, galore-torch AdamW 8-bit between refreshes",
+    "apollo_torch": "transformers, torch.compile, apollo-torch AdamW",
+}
+
+
 class Peer:
-    """transformers + torch.compile, with bf16 moments through torch's fused AdamW.
+    """One of PEERS, fed by our loader."""
 
-    It keeps its state in the weights' dtype: fp32 moments go through bitsandbytes' fused 32-bit AdamW.
-    """
-
-    def __init__(self, model: str, tokens: int, micro: int, folder: str, moments: str) -> None:
+    def __init__(self, kind: str, model: str, tokens: int, micro: int, folder: str) -> None:
         from transformers import LlamaConfig, LlamaForCausalLM
 
         shape: ModelConfig = parse([f"model={model}", "data=sample"]).model
@@ -120,17 +133,50 @@ class Peer:
             config = LlamaConfig.from_pretrained(folder_, attn_implementation="sdpa", use_cache=False)
         with torch.device("cuda"):
             self.model = LlamaForCausalLM(config).to(torch.bfloat16)
-        self.fast = torch.compile(self.model)
-        if moments == "fp32":
-            import bitsandbytes as bnb
+        if kind.startswith("liger"):
+            from liger_kernel.transformers import _apply_liger_kernel_to_instance
 
-            self.opt = bnb.optim.AdamW(self.model.parameters(), lr=1e-4, weight_decay=0.0, optim_bits=32)
-        else:
-            self.opt = torch.optim.AdamW(self.model.parameters(), lr=1e-4, weight_decay=0.0, fused=True)
+            _apply_liger_kernel_to_instance(model=self.model)
+            if kind.endswith("checkpointing"):
+                self.model.gradient_checkpointing_enable({"use_reentrant": False})
+        self.model.train()
+        self.fast = self.model if kind.startswith("liger") else torch.compile(self.model)
+        self.opt = self.optimizer(kind, model)
         cfg = data.DataConfig(name="tokens", train=folder)
         dataset = data.build(cfg, vocab_size=shape.vocab_size, seq_len=256, seed=0)
         self.loader = dataset.loader(tokens // 256, pin=True)
         self.micro = micro
+
+    def optimizer(self, kind: str, model: str) -> Any:
+        params = list(self.model.parameters())
+        if kind.startswith("bitsandbytes"):
+            import bitsandbytes as bnb
+
+            bits = 32 if kind.endswith("32bit") else 8
+            return bnb.optim.AdamW(params, lr=1e-4, weight_decay=0.0, optim_bits=bits)
+        if kind not in ("galore_torch", "apollo_torch"):
+            return torch.optim.AdamW(params, lr=1e-4, weight_decay=0.0, fused=True)
+        blocks = [p for n, p in self.model.named_parameters() if p.ndim == 2 and "layers" in n]
+        known = {id(p) for p in blocks}
+        low: dict[str, Any] = {"params": blocks, "update_proj_gap": 200, "proj_type": "std"}
+        low["rank"] = parse([f"model={model}", "data=sample", "optim=galore"]).resolved().optim.rank
+        groups = [{"params": [p for p in params if id(p) not in known]}, low]
+        if kind == "apollo_torch":
+            from apollo_torch import APOLLOAdamW
+
+            low |= {"scale": 1.0, "proj": "random", "scale_type": "channel"}
+            return APOLLOAdamW(groups, lr=1e-4)
+        from galore_torch import GaLoreAdamW8bit, galore_projector
+
+        def random_basis(self: Any, weights: Any, rank: int, type: str) -> Any:
+            """In place of exact SVD, minutes at 1B: steps between refreshes are what is timed."""
+            side = weights.shape[0 if type == "left" else 1]
+            q = torch.linalg.qr(torch.randn(side, rank, device=weights.device)).Q.to(weights.dtype)
+            return q if type == "left" else q.t().contiguous()
+
+        galore_projector.GaLoreProjector.get_orthogonal_matrix = random_basis
+        low |= {"scale": 0.25}
+        return GaLoreAdamW8bit(groups, lr=1e-4)
 
     def steps(self, n: int) -> None:
         for _ in range(n):
@@ -155,19 +201,6 @@ def timed(side: Any, n: int) -> float:
     return (time.perf_counter() - start) / n
 
 
-def compare(model: str, folder: str, moments: str, pairs: int) -> dict[str, Any]:
-    """Our adamw beside transformers."""
-    tokens, micro = CASES[model]
-    makers = {
-        "ours": lambda: Ours(model, tokens, micro, folder, moments),
-        "peer": lambda: Peer(model, tokens, micro, folder, moments),
-    }
-    peer = "bitsandbytes AdamW 32-bit" if moments == "fp32" else "torch fused AdamW"
-    what = f"{model} adamw, {tokens} tokens a step, moments {moments}"
-    (row,) = alternate(makers, tokens, pairs)
-    return {"what": what, "peer": f"transformers, torch.compile, {peer}", "micro_batches": 1, **row}
-
-
 def sizes(model: str, tokens: int | None, parts: int) -> tuple[int, int]:
     """Tokens a step, sequences a micro-batch."""
     each, micro = (tokens, tokens // 256) if tokens else CASES[model]
@@ -178,24 +211,29 @@ def make_side(side: str, model: str, step: int, micro: int, folder: str) -> Ours
     """METHOD[+KEY=VALUE...] with the moments of its name, bf16 for adamw."""
     method, *more = side.split("+")
     moments = "bf16" if method == "adamw" else "int8" if method.endswith("8bit") else "fp32"
+    if more and more[0].startswith("optim.moments="):
+        moments = more.pop(0).split("=")[1]
     if hasattr(METHODS[method].config, "refresh_every"):
         more = ["optim.refresh_every=200", *more]
     return Ours(model, step, micro, folder, moments, overrides=(f"optim={method}", *more))
 
 
 def compare_methods(
-    model: str, folder: str, methods: str, pairs: int, tokens: int | None, parts: int, warm: int
+    model: str, methods: str, peer: str, folder: str, pairs: int, tokens: int | None, parts: int, warm: int
 ) -> list[dict[str, Any]]:
-    """Methods beside our adamw with bf16 moments: a row each."""
+    """Methods beside one of PEERS, or our adamw with bf16 moments: a row each."""
     step, micro = sizes(model, tokens, parts)
     makers: dict[str, Any] = {
         name: partial(make_side, name, model, step, micro, folder) for name in methods.split(",")
     }
-    makers["peer"] = lambda: Ours(model, step, micro, folder, "bf16")
+    if peer == "adamw":
+        makers["peer"] = lambda: Ours(model, step, micro, folder, "bf16")
+    else:
+        makers["peer"] = lambda: Peer(peer, model, step, micro, folder)
     rows = alternate(makers, step, pairs, warm)
     return [
-        {"what": f"{model} {name}, {step} tokens a step", "peer": "our adamw, moments bf16", **row}
-        | {"refresh_every": 200, "bases": "bf16", "checkpoint": 0, "micro_batches": parts}
+        {"what": f"{model} {name}, {step} tokens a step", "micro_batches": parts, **row}
+        | {"peer": PEERS.get(peer, "our adamw, moments bf16"), "checkpoint": 0}
         for name, row in zip(makers, rows, strict=False)
     ]
 
@@ -411,42 +449,59 @@ def main(argv: list[str]) -> int:
         args["data"] = "runs/bench_tokens"
         if not Path(args["data"], "meta.json").exists():
             prepare(data.DataConfig(name="sample"), Path(args["data"]), vocab_size=32_000)
-    jobs: list[Callable[[], Any]] = []  # a row or several
+    jobs: dict[str, Callable[[], Any]] = {}  # name -> a row or several
     tokens = int(args["tokens"]) if "tokens" in args else None
     pairs, parts, warm = (int(args.get(k, n)) for k, n in (("pairs", 5), ("micro_batches", 1), ("warm", 0)))
-    for model in args.get("cases", ",".join(CASES) if "optim" in args else DENSE).split(","):
+
+    def compared(model: str, methods: str, peer: str) -> None:
+        every = f"{parts} x {tokens or CASES[model][0]} tokens"
+        jobs[f"{model} {methods} beside {peer}, {every}, warm {warm}"] = partial(
+            compare_methods, model, methods, peer, args["data"], pairs, tokens, parts, warm
+        )
+
+    for model in args.get("cases", ",".join(CASES)).split(","):
         if "profile" in args:
             for side in args.get("optim", "adamw").split(","):
                 profile(model, args["data"], side, tokens)
-            continue
-        if "saves" in args:
-            jobs.append(lambda m=model: saves(m, args["data"], args.get("optim", "galore_8bit")))
-            continue
-        if "optim" in args:
-            jobs.append(
-                lambda m=model: compare_methods(m, args["data"], args["optim"], pairs, tokens, parts, warm)
-            )
-            continue
-        for moments in ("fp32", "bf16"):
-            jobs.append(lambda m=model, s=moments: compare(m, args["data"], s, pairs))
-    if "optim" not in args and "saves" not in args:
-        jobs.append(lambda: loader_rate(data.DataConfig(name="tokens", train=args["data"]), "data=tokens"))
+        elif "saves" in args:
+            method = args.get("optim", "galore_8bit")
+            jobs[f"saves {model} {method}"] = partial(saves, model, args["data"], method)
+        elif "optim" in args or "peers" in args:
+            for peer in args.get("peers", "adamw").split(","):
+                compared(model, args.get("optim", "galore_8bit"), peer)
+        else:
+            compared(model, "galore_8bit,gradnormlorp_8bit", "adamw")
+            for peer in PEERS:
+                fits = "galore_8bit" if model == "llama_7b" else "adamw"  # beside a whole AdamW
+                compared(model, f"{fits}+optim.moments=fp32" if "32bit" in peer else fits, peer)
+    if not set(args) & {"optim", "saves", "peers", "profile"}:
+        cfg = data.DataConfig(name="tokens", train=args["data"])
+        jobs["loader"] = lambda: loader_rate(cfg, "data=tokens")
     if "loader" in args:
         *train, last = sorted(glob(args["loader"]))
         text = {"name": "local", "train": train, "validation": last}
         tokenizer = str(Path(args["data"]) / "tokenizer.model")
         for workers in (0, 4, 8):
             cfg = data.DataConfig(**text, tokenizer=tokenizer, workers=workers)
-            jobs.append(lambda c=cfg: loader_rate(c, "data=local json.xz text"))
-    rows = []
-    with open(args.get("out", "bench.jsonl"), "a", encoding="utf-8") as record:
-        for job in jobs:
+            jobs[f"loader of text, {workers}"] = partial(loader_rate, cfg, "data=local json.xz text")
+    rows, place, known = [], Path(args.get("out", "bench.jsonl")), facts(args.get("commit"))
+    lines = place.read_text(encoding="utf-8").splitlines() if place.exists() else []
+    done = {(r.get("job"), r.get("commit"), r.get("gpu")) for r in map(json.loads, lines)}
+    for name, job in jobs.items():
+        if (name, known["commit"], known["gpu"]) in done:
+            print(f"{name}: in {place} already, of this commit and card")
+            continue
+        try:
             got = job()
-            for row in got if isinstance(got, list) else [got]:
-                rows.append({**row, **facts(args.get("commit"))})
+        except (RuntimeError, ImportError, AttributeError, TypeError, ValueError) as e:
+            print(f"{name}: not measured, {type(e).__name__}: {str(e).splitlines()[0][:300]}", flush=True)
+            got = []
+        for row in got if isinstance(got, list) else [got]:
+            rows.append({"job": name, **row, **known})
+            with open(place, "a", encoding="utf-8") as record:
                 record.write(json.dumps(rows[-1]) + "\n")
-            record.flush()
-            torch.cuda.empty_cache()
+        gc.collect()
+        torch.cuda.empty_cache()
     for row in rows:
         peer = f"  peer {row['peer_tokens_per_s']:>10,}  ratio {row['ratio']:.3f}" if "peer" in row else ""
         memory = f"  {row['peak_gib']:.1f} / {row['peer_peak_gib']:.1f} GiB" if "peer" in row else ""
