@@ -12,6 +12,7 @@ import sys
 from functools import partial
 
 import torch
+import torch._dynamo
 
 from .cases import CASES
 from .check import shape_of, timed
@@ -31,6 +32,7 @@ def main(argv: list[str]) -> int:
     print(f"{'kernel':<16}{'rows x columns':>16}{'ours':>10}{'compiled':>10}{'eager':>10}{'ratio':>8}")
     for name in names:
         case = CASES[name]
+        torch._dynamo.reset()  # its limit of recompilations is for all cases together
         shapes = [tuple(map(int, s.split("x"))) for s in given.get("shape", "").split(",") if s]
         for rows, cols in shapes or [shape_of(name)]:
             x = case.make(rows, cols, device)
