@@ -4,6 +4,7 @@ twice.
     python compare.py data=FOLDER half_b=FOLDER [out=bench.jsonl] [runs=NAME,NAME] [steps=600] [seeds=0+1]
                       [commit=ID] [beside=3]
     python compare.py plot=curves_60m.png [methods=NAME,NAME] [out=bench.jsonl]
+    python compare.py claims=claims_60m.png [out=bench.jsonl]    what the papers say, on these gradients
     python compare.py rows=all data=FOLDER [out=bench.jsonl] [commit=ID]     rows of bf16 weights, see drift()
     python compare.py split=validation.json.xz        writes half_a.json.gz and half_b.json.gz here, by work
 
@@ -268,6 +269,63 @@ def plot(record: str, to: str, methods: str | None) -> None:
     figure.savefig(to, dpi=100)
 
 
+def claims(record: str, to: str) -> None:
+    """A panel each: the rank of gradients over training (finders.py spectra=...), the rank that AdaRankGrad
+    chooses by its threshold, Natural GaLore beside GaLore, VeLoRA's group size."""
+    import matplotlib
+
+    matplotlib.use("agg")
+    import matplotlib.pyplot as plt
+
+    runs: dict[str, dict[str, Any]] = {}
+    spectra: dict[str, dict[str, Any]] = {}
+    for line in open(record, encoding="utf-8"):
+        r = json.loads(line)
+        if "losses" in r and r["seed"] == 0:
+            runs[r["run"]] = r
+        elif "kinds" in r:
+            spectra[r["what"].split()[1].rstrip(",")] = r
+    figure, grid = plt.subplots(2, 2, figsize=(12, 8), layout="constrained")
+    rank, chosen, natural, group = grid.flat
+    for style, (method, r) in zip(("-", "--"), spectra.items(), strict=False):
+        for colour, (n, share) in zip(("C0", "C1", "C2"), enumerate(r["shares"]), strict=True):
+            over = zip(*([x[n] for x in kind] for kind in r["kinds"].values()), strict=True)
+            label = f"{method}: {share:.0%} of the energy"
+            means = [sum(x) / len(x) for x in over]
+            rank.plot(r["steps"], means, style, color=colour, label=label, marker=".")
+    rank.set(title="singular values that hold a share of ||G||^2, mean of 56 matrices", ylabel="rank", ylim=0)
+    for name, r in runs.items():
+        steps = [EVERY * (n + 1) for n in range(len(r["losses"]))]
+        if "effective_rank" in r and name.startswith("adarankgrad_8bit lr=0.01") and "scale" not in name:
+            label = name.removeprefix("adarankgrad_8bit lr=0.01").strip() or "default: energy=0.9"
+            chosen.plot(steps, r["effective_rank"], label=f"{label}: {r['val_ppl_a']:.1f}")
+        if name.startswith(("natural_galore_8bit lr", "galore_8bit lr")) and name.split(" ", 1)[1] in (
+            "lr=0.005", "lr=0.01", "lr=0.005 scale=0.5", "lr=0.01 damping=10", "lr=0.01 history=16",
+        ):  # fmt: skip
+            around = [r["losses"][max(0, n - 2) : n + 3] for n in range(len(steps))]
+            style = "-" if name.startswith("natural") else "--"
+            label = f"{name.replace('_8bit', '')}: {r['val_ppl_a']:.1f}"
+            natural.plot(steps, [sum(x) / len(x) for x in around], style, label=label, linewidth=1.2)
+    chosen.set(
+        title="effective rank of adarankgrad_8bit (perplexity on half A)", ylim=0, ylabel="mean rank so far"
+    )
+    natural.set(title="Natural GaLore and GaLore (half A)", ylim=(4.0, 6.0), ylabel="training loss (nats)")
+    sizes = {"8": 8, "16": 16, "32": None, "64, 86": "v:64 down:86", "128, 172": "v:128 down:172"}
+    base = "galore_8bit lr=0.01"
+    names = [f"{base} velora" + (f" group={g}" if g else "") for g in sizes.values()]
+    found = [(k, runs[n]["val_ppl_a"]) for k, n in zip(sizes, names, strict=True) if n in runs]
+    group.plot(*zip(*found, strict=True), marker="o", label=f"{base}, VeLoRA on v and down")
+    group.axhline(runs[base]["val_ppl_a"], color="C1", label=f"{base} without")
+    group.set(title="VeLoRA: numbers in a sub-token (half A)", ylabel="perplexity", xlabel="v, down")
+    for axes in grid.flat:
+        axes.legend(fontsize=8)
+        axes.grid(alpha=0.3)
+        axes.title.set_fontsize(10)
+    for axes in (rank, chosen, natural):
+        axes.set_xlabel(f"step of {TOKENS:,} tokens")
+    figure.savefig(to, dpi=100)
+
+
 def drift(args: dict[str, str]) -> None:
     """How far the rows of bf16 weights end from their magnitudes, after 2,000 steps of 16,384 tokens."""
     every = [
@@ -319,6 +377,9 @@ def main(argv: list[str]) -> int:
     record = args.get("out", "bench.jsonl")
     if "plot" in args:
         plot(record, args["plot"], args.get("methods"))
+        return 0
+    if "claims" in args:
+        claims(record, args["claims"])
         return 0
     if "split" in args:
         split(args["split"])

@@ -20,6 +20,8 @@ from .constant import constant
 from .reference import PROBE
 
 PARTS = 64  # programs of a tensor; a batch holds some ten, an H200 132 processors
+# and of one that has so many numbers, embeddings and head, of which there are two
+MANY, LARGE = 512, 2**24
 BLOCKS, WIDTH, WARPS = 8, 256, 4
 LINES, ACROSS = 64, 128  # a tile of R in probe_kernel
 DTYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16}
@@ -27,29 +29,33 @@ DTYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16}
 
 @triton.jit
 def squares_kernel(
-    entries,  # (tensors, 4) int64: address, rows, columns, row stride
-    out,  # (tensors, PARTS) fp32
+    entries,  # (tensors, 5) int64: address, rows, columns, row stride, programs
+    out,  # (tensors, width) fp32, zeros
+    width,
     DTYPE: tl.constexpr,
     ALIGNED: tl.constexpr,  # every row begins and ends on 16 bytes
     BLOCKS: tl.constexpr,
     WIDTH: tl.constexpr,
 ):
-    tensor, part, parts = tl.program_id(0).to(tl.int64), tl.program_id(1), tl.num_programs(1)
-    entry = entries + 4 * tensor
+    tensor, part = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    entry = entries + 5 * tensor
     x_ptr = tl.load(entry).to(tl.pointer_type(DTYPE))
-    rows, cols, stride = tl.load(entry + 1), tl.load(entry + 2), tl.load(entry + 3)
+    rows, cols, stride, parts = (
+        tl.load(entry + 1), tl.load(entry + 2), tl.load(entry + 3), tl.load(entry + 4),
+    )  # fmt: skip
     if ALIGNED:
         x_ptr = tl.multiple_of(x_ptr, 16)
         cols, stride = tl.multiple_of(cols, 8), tl.multiple_of(stride, 8)
     across = tl.cdiv(cols, WIDTH)
     total = tl.zeros((BLOCKS, WIDTH), tl.float32)
-    for tile in range(part, tl.cdiv(rows, BLOCKS) * across, parts):
+    tiles = tl.cdiv(rows, BLOCKS) * across
+    for tile in range(tl.where(part < parts, part, tiles), tiles, parts):
         line = (tile // across) * BLOCKS + tl.arange(0, BLOCKS)
         col = (tile % across) * WIDTH + tl.arange(0, WIDTH)
         mask = (line < rows)[:, None] & (col < cols)[None, :]
         x = tl.load(x_ptr + line[:, None] * stride + col[None, :], mask=mask, other=0).to(tl.float32)
         total += x * x
-    tl.store(out + tensor * parts + part, tl.sum(total))
+    tl.store(out + tensor * width + part, tl.sum(total))
 
 
 @triton.jit
@@ -105,12 +111,12 @@ def entry(x: Tensor) -> tuple[int, int, int, int]:
 
 
 def launch(tensors: list[Tensor]) -> Tensor:
-    entries = [entry(x) for x in tensors]
-    aligned = all(at % 16 == 0 and cols % 8 == 0 and stride % 8 == 0 for at, _, cols, stride in entries)
+    entries = [(*entry(x), MANY if x.numel() >= LARGE else PARTS) for x in tensors]
+    aligned = all(at % 16 == 0 and cols % 8 == 0 and stride % 8 == 0 for at, _, cols, stride, _ in entries)
     device = tensors[0].device
-    out = torch.empty(len(tensors), PARTS, device=device)
-    squares_kernel[(len(tensors), PARTS)](
-        constant(entries, torch.int64, device), out,
+    out = torch.zeros(len(tensors), MANY, device=device)  # one width, so that all are added in one order
+    squares_kernel[(len(tensors), max(parts for *_, parts in entries))](
+        constant(entries, torch.int64, device), out, MANY,
         DTYPE=DTYPES[tensors[0].dtype], ALIGNED=aligned, BLOCKS=BLOCKS, WIDTH=WIDTH, num_warps=WARPS,
     )  # fmt: skip
     return out.sum(1)

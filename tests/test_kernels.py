@@ -48,7 +48,9 @@ def run(script, **env):
 @kills(
     "kernels/adam.py", "    if tl.load(row + 3) > 0:\n        if SCALED", "    if True:\n        if SCALED"
 )
-@kills("kernels/norms.py", "tl.cdiv(rows, BLOCKS) * across, parts", "tl.cdiv(rows, BLOCKS), parts")
+@kills("kernels/norms.py", "tiles = tl.cdiv(rows, BLOCKS) * across", "tiles = tl.cdiv(rows, BLOCKS)")
+@kills("kernels/norms.py", "tl.where(part < parts, part, tiles)", "part")
+@kills("kernels/norms.py", "torch.zeros(len(tensors), MANY", "torch.zeros(len(tensors), PARTS")
 @kills("kernels/norms.py", "range(0, rank, WIDTH)", "range(0, WIDTH, WIDTH)")
 @kills("kernels/norms.py", "inside & (col < rank)[None, :]", "inside")
 @kills("kernels/norms.py", "z.to(tl.float32) - held", "z.to(tl.float32) + held")

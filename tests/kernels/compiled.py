@@ -89,7 +89,8 @@ def cases():
         constants["WIDTH"] = norms.WIDTH
         arguments = {"entries": "*i64", "out": "*fp32"}
         what = f"squares {dtype} {'aligned' if aligned else ''}"
-        yield norms.squares_kernel, arguments, constants, norms.WARPS, [] if aligned else None, what
+        sums = arguments | {"width": "i32"}
+        yield norms.squares_kernel, sums, constants, norms.WARPS, [] if aligned else None, what
         constants = {"DTYPE": norms.DTYPES[dtype], "ALIGNED": aligned, "LINES": norms.LINES}
         constants["FACTOR"] = constants["DTYPE"]
         constants |= {"WIDTH": norms.ACROSS, "K": norms.PROBE}

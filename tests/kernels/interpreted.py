@@ -7,6 +7,7 @@ import sys
 
 import torch
 
+import kernels.norms as norms_module
 from kernels import (
     adam_,
     adam_direction,
@@ -219,7 +220,9 @@ def grouped(weight, direction):
 
 
 def norms(dtype, aligned):
-    """Tensors as they come, columns of wider ones between NaNs, empty ones: one launch for all."""
+    """Tensors as they come, columns of wider ones between NaNs, empty ones: one launch for all. The largest
+    takes more programs than the others."""
+    norms_module.LARGE, norms_module.MANY = 1100 * 256, 70
     g = torch.Generator().manual_seed(0)
     gap = 8 if aligned else 3
     shapes = [(8, 16), (33, 128), (1100, 256), (3, 1024), (0, 8)] + ([] if aligned else [(), (7,), (5, 300)])
@@ -234,6 +237,10 @@ def norms(dtype, aligned):
     bad = [ts[1].index_fill(0, torch.tensor(32), value) for value in (float("nan"), float("inf"))]
     wrong = squares(bad, torch.float32, impl="triton")
     ok = off <= 1e-6 and bool(wrong[0].isnan() and wrong[1].isinf())
+    # whatever is beside it in a launch, a tensor's sum has the same bits
+    ok &= all(
+        torch.equal(squares([t], torch.float32, impl="triton")[0], x) for t, x in zip(ts, got, strict=True)
+    )
     report(ok, "squares", dtype, "aligned" if aligned else "", off)
 
 
