@@ -16,7 +16,7 @@ apollo_torch.
 Bases are replaced every 200 steps, and the first round is in the timed blocks: in it 32 of 200 steps at 7b
 replace those of a block. Settings of one side follow it after a plus: optim=galore_8bit+optim.lift=deferred.
 `tokens`: of each of a step's `micro_batches` (1). `warm`: steps of each method before the timed ones.
-`profile` says where the time goes.
+`profile` says where the time goes; with optim=METHOD+graph=off by shapes of products too.
 
 FOLDER comes from `python -m data.prepare`; without one the bundled sample is prepared. Each row of the record
 is one JSON object: what, sizes, GPU, versions, commit, numbers. Ours is `train.Run` itself: loader, logging
@@ -318,7 +318,7 @@ def profile(model: str, folder: str, side: str, tokens: int | None) -> None:
     trained = make_side(side, model, *sizes(model, tokens, 1), folder)
     trained.steps(12)
     torch.cuda.synchronize()
-    with record(activities=[ProfilerActivity.CUDA, ProfilerActivity.CPU]) as seen:
+    with record(activities=[ProfilerActivity.CUDA, ProfilerActivity.CPU], record_shapes=True) as seen:
         trained.steps(12)
         torch.cuda.synchronize()
     events = seen.events() or []
@@ -339,9 +339,16 @@ def profile(model: str, folder: str, side: str, tokens: int | None) -> None:
     print(
         f"{model} {side}: {whole / 12e3:.2f} ms a step, {found} of 12 with a refresh, idle {idle / whole:.1%}"
     )
-    for name, times in sorted(kernels.items(), key=lambda x: -sum(x[1]))[:24]:
+    for name, times in sorted(kernels.items(), key=lambda x: -sum(x[1]))[:40]:
         total = sum(times)
         print(f"{total / 12e3:8.2f} ms {total / whole:6.1%} {len(times) / 12:7.1f} a step  {name[:90]}")
+    shaped = seen.key_averages(group_by_input_shape=True)  # without graph=off of steps with a refresh only
+    products = [e for e in shaped if e.key in ("aten::mm", "aten::addmm") and e.self_device_time_total]
+    for e in sorted(products, key=lambda e: -e.self_device_time_total)[:16]:
+        a, b = [x for x in e.input_shapes if len(x) == 2][-2:]
+        rate = 2 * a[0] * a[1] * b[1] * e.count / e.self_device_time_total / 1e6
+        times = f"{e.self_device_time_total / 12e3:8.2f} ms {e.count / 12:7.1f} a step"
+        print(f"{times}  {rate:5.0f} TFLOP/s  {e.key} {a} x {b}")
     for length, at in sorted(gaps, reverse=True)[:12]:
         during = [e for e in host if e.time_range.start <= at + length / 2 <= e.time_range.end]
         names = [e.name for e in sorted(during, key=lambda e: e.time_range.elapsed_us())[:4]]
