@@ -301,10 +301,11 @@ def limited(gib: float, argv: list[str]) -> int:
     torch.cuda.set_per_process_memory_fraction((gib * 2**30 - context) / total)
     code = train.main(argv)
     held = torch.cuda.max_memory_reserved()
+    free, total = torch.cuda.mem_get_info()
     print(
         f"exit {code}; most held: {torch.cuda.max_memory_allocated() / 2**30:.2f} GiB in tensors, "
         f"{held / 2**30:.2f} by the allocator, {(held + context) / 2**30:.2f} with the context "
-        f"({context / 2**30:.2f}); limit {gib}"
+        f"({context / 2**30:.2f}); in use on the card at the end {(total - free) / 2**30:.2f}; limit {gib}"
     )
     return code
 
