@@ -343,6 +343,11 @@ def profile(model: str, folder: str, side: str, tokens: int | None) -> None:
     for name, times in sorted(kernels.items(), key=lambda x: -sum(x[1]))[:40]:
         total = sum(times)
         print(f"{total / 12e3:8.2f} ms {total / whole:6.1%} {len(times) / 12:7.1f} a step  {name[:90]}")
+    small = [t for times in kernels.values() for t in times if t < 5]
+    launches = f"{sum(map(len, kernels.values())) / 12:.0f} launches a step"
+    print(f"{launches}, {len(small) / 12:.0f} of them below 5 us, {sum(small) / 12e3:.2f} ms together:")
+    for name, times in sorted(kernels.items(), key=lambda x: -len(x[1]))[:16]:
+        print(f"{len(times) / 12:7.1f} a step, {sum(times) / 12e3:6.2f} ms  {name[:90]}")
     shaped = seen.key_averages(group_by_input_shape=True)  # without graph=off of steps with a refresh only
     products = [e for e in shaped if e.key in ("aten::mm", "aten::addmm") and e.self_device_time_total]
     for e in sorted(products, key=lambda e: -e.self_device_time_total)[:16]:
