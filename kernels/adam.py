@@ -255,6 +255,7 @@ def direction_kernel(
     SCALED: tl.constexpr,
     PARTS: tl.constexpr,
     EVEN: tl.constexpr,  # WIDTH divides cols
+    WHOLE: tl.constexpr,  # and BLOCKS rows: no number of a tile is missing
     BLOCKS: tl.constexpr,
     WIDTH: tl.constexpr,
 ):
@@ -265,17 +266,17 @@ def direction_kernel(
             d = tl.load(d_ptr + col, mask=col < cols, other=1.0)[None, :]
         else:
             d = 0.0
-        g = _read(g_ptr + line.to(tl.int64)[:, None] * stride + col[None, :], mask, True)
+        g = _read(g_ptr + line.to(tl.int64)[:, None] * stride + col[None, :], mask, not WHOLE)
         top, below = _step(
             g, m_ptr, v_ptr, m_scale, v_scale, d, at, mask, unit, inside, row,
-            beta1, rest1, beta2, rest2, MOMENT, SCALED, True,
+            beta1, rest1, beta2, rest2, MOMENT, SCALED, not WHOLE,
         )  # fmt: skip
         if PARTS:
-            tl.store(n_ptr + second, below, mask=mask)
+            _write(n_ptr + second, below, mask, not WHOLE)
             direction = top
         else:
             direction = top / (below + eps)
-        tl.store(n_ptr + at, (-tl.load(row) * direction).to(n_ptr.dtype.element_ty), mask=mask)
+        _write(n_ptr + at, (-tl.load(row) * direction).to(n_ptr.dtype.element_ty), mask, not WHOLE)
     else:  # nothing is read, so no NaN can leak
         tl.store(n_ptr + at, tl.zeros((BLOCKS, WIDTH), n_ptr.dtype.element_ty), mask=mask)
         if PARTS:
@@ -345,11 +346,12 @@ def launch_direction(
     width = min(QUANT, max(16, triton.next_power_of_2(cols)))
     blocks = TILE // width
     grid = (triton.cdiv(rows, blocks) * triton.cdiv(cols, width),)
+    even = cols % width == 0
     if g.numel():
         direction_kernel[grid](
             g, n, state["m"], state["v"], state.get("m_scale"), state.get("v_scale"), d, h,
             rows, cols, stride, beta1, 1 - beta1, beta2, 1 - beta2, eps or 0.0,
-            MOMENT=DTYPES[moment], SCALED=d is not None, PARTS=eps is None, EVEN=cols % width == 0,
-            BLOCKS=blocks, WIDTH=width, num_warps=WARPS,
+            MOMENT=DTYPES[moment], SCALED=d is not None, PARTS=eps is None, EVEN=even,
+            WHOLE=even and rows % blocks == 0, BLOCKS=blocks, WIDTH=width, num_warps=WARPS,
         )  # fmt: skip
     return n

@@ -55,11 +55,13 @@ def cases():
         for name, given in (("m_scale", eight), ("v_scale", eight), ("d_ptr", scaled)):
             (arguments if given else kinds)[name] = "*fp32" if given else None
         even = [n for n in arguments if n not in BETAS and n != "rows"]
-        shapes = {"4096 x 1024": (256, True, even)}
+        shapes = {"4096 x 1024": (256, True, True, even)}
         if grad == out == torch.bfloat16 and eight:
-            shapes |= {"4096 x 128": (128, True, even), "512 x 5461": (256, False, None)}
-        for shape, (width, whole, aligned) in shapes.items():
-            constants = kinds | {"EVEN": whole, "BLOCKS": adam.TILE // width, "WIDTH": width}
+            shapes |= {"4096 x 128": (128, True, True, even), "4097 x 1024": (256, True, False, even)}
+            shapes |= {"512 x 5461": (256, False, False, None)}
+        for shape, (width, columns, whole, aligned) in shapes.items():
+            constants = kinds | {"EVEN": columns, "WHOLE": whole}
+            constants |= {"BLOCKS": adam.TILE // width, "WIDTH": width}
             what = f"direction {grad} {out} {moment} {'scaled ' if scaled else ''}{shape}"
             yield adam.direction_kernel, arguments, constants, adam.WARPS, aligned, what
     for grad, moment in adam.PARTS_VARIANTS:
@@ -72,7 +74,7 @@ def cases():
             (arguments if moment == torch.int8 else constants)[name] = (
                 "*fp32" if moment == torch.int8 else None
             )
-        constants |= {"EVEN": True, "BLOCKS": adam.TILE // 128, "WIDTH": 128}
+        constants |= {"EVEN": True, "WHOLE": True, "BLOCKS": adam.TILE // 128, "WIDTH": 128}
         aligned = [n for n in arguments if n not in BETAS and n != "rows"]
         yield adam.direction_kernel, arguments, constants, adam.WARPS, aligned, f"parts {grad} {moment}"
     for (weight, direction), (size, decay) in itertools.product(grouped.VARIANTS, ((32, False), (43, True))):
