@@ -42,9 +42,9 @@ def check(kernel, arguments, constants, warps, aligned, card, what):
 def cases():
     for weight, moment in adam.VARIANTS:
         kinds = {"WEIGHT": adam.DTYPES[weight], "MOMENT": adam.DTYPES[moment]}
-        kinds |= {"BLOCKS": adam.TILE // adam.QUANT, "WIDTH": adam.QUANT}
+        kinds |= {"BLOCKS": adam.DENSE_TILE // adam.QUANT, "WIDTH": adam.QUANT}
         arguments = {"addresses": "*i64", "tiles": "*i32", "table": "*fp32"} | BETAS
-        yield adam.adam_kernel, arguments, kinds, adam.WARPS, [], f"adam {weight} {moment}"
+        yield adam.adam_kernel, arguments, kinds, adam.DENSE_WARPS, [], f"adam {weight} {moment}"
     for grad, out, moment, scaled in adam.DIRECTION_VARIANTS:
         pointers = {"g_ptr": grad, "n_ptr": out, "m_ptr": moment, "row": torch.float32}
         arguments = {name: f"*{TYPES[dtype]}" for name, dtype in pointers.items()}
