@@ -25,7 +25,9 @@ The random ones are replaced by GaLore's first round; if x never falls all other
 that wait are replaced a block in a step, the oldest basis' first, or as many blocks as would make each one's
 turn come every refresh_every / SHORTEST steps: each basis needs a whole G.
 
-Moments (Block 2) move by subspace.transport; the paper's V <- R V can become negative, rotate_fill cannot.
+Moments (Block 2) move by subspace.transport, with rotate_fill: the paper's V <- R V can become negative.
+Those of the random basis start anew: its v, a mean of all directions, is far below what the leading ones
+need, and their first steps would be three times lr.
 
 x lives on the device. Every `lag` steps it is compared, by the first rank for all, and what came of it read
 `lag` steps later: no step waits for it.

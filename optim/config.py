@@ -192,7 +192,6 @@ class NaturalConfig(ProjectedConfig):
 class AdaRankConfig(ProjectedConfig):
     """AdaRankGrad: each basis has the rank that its gradient needs, and lives until that has converged."""
 
-    transport: str = "rotate_fill"  # what moments of one rank become in another
     adapt_rank: bool = True  # False: optim.rank throughout
     adapt_refresh: bool = True  # False: every refresh_every steps, which else is the longest
     energy: float = 0.9  # share of the gradient's squared norm that a basis must hold
@@ -200,9 +199,6 @@ class AdaRankConfig(ProjectedConfig):
     rank_min: int | None = None  # the least rank; None: half of optim.rank
     monotone: bool = False  # ranks never rise again
 
-    CHOICES: ClassVar[dict[str, tuple[str, ...]]] = ProjectedConfig.CHOICES | {
-        "transport": ("rotate_fill", "rotate", "reset", "keep"),
-    }
     RANGES: ClassVar[dict[str, tuple[str, str]]] = ProjectedConfig.RANGES | {
         "energy": ("(0, 1]", "0.9 is usual, 0.77 and 0.52 are the paper's 0.48"),
         "rank_step": ("[1, 65536]", "null takes an eighth of the rank, 64 at most"),

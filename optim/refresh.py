@@ -118,7 +118,8 @@ class Refresher:
             self.overlaps.append(subspace.overlap(c))
             policy = self.transport
             if policy == "auto":
-                policy = "reset" if first else "keep" if self.finder == "warm" else "rotate"
+                kept = "keep" if self.finder == "warm" else "rotate"
+                policy = "reset" if first else "rotate_fill" if b.varies else kept
             for u, g in zip(b.units, gs, strict=True):
                 self._carry(u, b, g, c, policy)
             return [(u, policy == "reset") for u in b.units]

@@ -310,7 +310,10 @@ def valid(place: Place, rng: random.Random, name: str) -> list[str]:
         if "adapter" not in method:
             pick["optim.lift"] = ["now", "auto"]
     if method.startswith("adarankgrad"):
-        pick |= {"optim.refresh": ["staggered"], "optim.transport": ["reset", "rotate", "rotate_fill"]}
+        pick |= {
+            "optim.refresh": ["staggered"],
+            "optim.transport": ["auto", "reset", "rotate", "rotate_fill"],
+        }
         pick |= {"optim.energy": ["0.5", "0.9", "1"], "optim.monotone": ["true", "false"]}
     if method == "galore_sgd":
         del pick["optim.transport"], pick["optim.moments"]  # it has no moments in a basis

@@ -215,8 +215,10 @@ def recorded(opt):
 
 
 @pytest.mark.parametrize("side", ["input", "output", "both"])
-@pytest.mark.parametrize("transport", ["rotate_fill", "rotate", "reset"])
+@pytest.mark.parametrize("transport", ["auto", "rotate_fill", "rotate", "reset"])
 @kills("optim/refresh.py", "        u.resize()\n", "")
+@kills("optim/refresh.py", '"reset" if first else "rotate_fill" if b.varies', '"rotate_fill" if b.varies')
+@kills("optim/refresh.py", '"rotate_fill" if b.varies else kept', '"reset" if b.varies else kept')
 @kills("optim/refresh.py", "b.replace_(q, self.seed)", "pass")
 @kills("optim/refresh.py", "m, v = subspace.transport(m, v, c, policy, dim)", "m, v = m and c * 0, v")
 def test_equals_the_dense_oracle_through_changes_of_rank(side, transport):
@@ -249,7 +251,7 @@ def test_a_deferred_lift_goes_through_changes_of_rank(decay):
 
 
 @pytest.mark.parametrize("twin", ["", "_8bit"])
-@pytest.mark.parametrize("transport", ["rotate_fill", "keep", "reset"])
+@pytest.mark.parametrize("transport", ["auto", "rotate_fill", "keep", "reset"])
 @kills("optim/adarank.py", "not self.cfg.adapt_rank", "False")
 @kills("optim/engine.py", "if self.adarank and self.adarank.cfg.adapt_refresh", "if self.adarank")
 def test_without_either_it_is_galore_bitwise(twin, transport):

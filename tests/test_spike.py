@@ -163,6 +163,9 @@ def test_two_ranks_do_it_together(ended, command, tmp_path, mode):
     assert two.returncode == 0, two.stderr
     rows = metrics.read(tmp_path / "r" / "metrics.jsonl")
     assert rows[-1]["val_loss"] == pytest.approx(ended(mode)[1], rel=0.02)
+    judged = checkpoint.read_state(checkpoint.latest(tmp_path / "r"))["spike"]["losses"]
+    trained = {round(r["loss"], 4) for r in rows if r.get("loss") is not None}
+    assert len(judged) >= LEAST and {round(x, 4) for x in judged} <= trained  # of both ranks together
 
 
 @kills("llama/spike.py", "(~high | (self.high >= IN_A_ROW))", "~high")

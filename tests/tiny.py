@@ -225,7 +225,8 @@ class Oracle:
         policy = cfg.transport
         if policy == "auto":
             first = self.found[b.name] == 0
-            policy = "reset" if first else "keep" if cfg.finder == "warm" else "rotate"
+            kept = "keep" if cfg.finder == "warm" else "rotate"
+            policy = "reset" if first else "rotate_fill" if getattr(cfg, "adapt_rank", False) else kept
         c = old.T @ found.q
         self.q[b.name] = found.q
         self.found[b.name] += 1

@@ -11,8 +11,9 @@ column of H, but a difference of large ones: in fp32, at lambda = 1e-5, it is 1.
 lambda = damping tr(K) / c, where tr(K) / c is the mean square of the norms: an absolute one, 1e-3 in
 published code, makes the method GaLore wherever gradients are small. Adam does not see a factor that stays,
 as the paper's 1 / lambda would; this lambda follows the norms, and without it in front Adam would be given
-gradients of one length, 3.4 points of perplexity worse at 60M. With large damping g~ is g. Published code
-keeps old vectors when the basis is replaced; here they are cleared, or rotated and K computed anew.
+gradients of one length: at 60M and lr 0.01 perplexity 72.1 instead of 67.5. With large damping g~ is g.
+Published code keeps old vectors when the basis is replaced; here they are cleared, or rotated and K computed
+anew.
 
 H is stored as the moments are; K is the Gram matrix of what is stored, and positive semidefinite therefore.
 This update's g enters its own system before it is rounded.
