@@ -36,7 +36,7 @@ def chunked(chunk):
 
 
 @kills("llama/loss.py", "start : start + rows].t()", "start : start + rows - 1].t()")
-@kills("llama/loss.py", "part = buffer[: a.shape[0]]", "part = buffer[:rows]")
+@kills("llama/loss.py", "range(0, V, rows)", "range(0, V - rows, rows)")
 @pytest.mark.parametrize("rows", [5, V, V + 1])
 @pytest.mark.parametrize("chunk", [1, 7, 36, 37, 64, None])
 def test_float64_equals_full_logits_for_every_chunk(chunk, rows, monkeypatch):
