@@ -45,14 +45,15 @@ import torch
 import data
 from configs.cli import parse
 from data.prepare import prepare
-from llama import checkpoint, pretrained
-from llama.config import ModelConfig
+from llama import checkpoint
 from optim import Comm
 from optim.methods import METHODS
+from peers import PEERS, Peer
 from train import Run
 
 # model: (tokens a step, sequences a micro-batch)
 CASES = {"llama_60m": (65_536, 256), "llama_1b": (4_096, 16), "llama_7b": (4_096, 16)}
+KEYS = "data out cases pairs loader optim peers tokens micro_batches warm commit profile saves"
 BLOCK_S = 2.0  # seconds of steps in a block
 PACKAGES = ("torch", "triton", "transformers", "bitsandbytes", "liger-kernel")
 
@@ -61,9 +62,8 @@ class Ours:
     """The training loop's own step, with its loader and its metrics."""
 
     def __init__(
-        self, model: str, tokens: int, micro: int, folder: str, moments: str, steps: int = 100_000,
-        overrides: tuple[str, ...] = (),
-    ) -> None:  # fmt: skip
+        self, model: str, tokens: int, micro: int, folder: str, overrides: list[str], steps: int = 100_000
+    ) -> None:
         self.scratch = tempfile.TemporaryDirectory()
         cfg = parse(
             [
@@ -77,7 +77,6 @@ class Ours:
                 f"micro_batch={micro}",
                 f"run.dir={self.scratch.name}",
                 "optim.lr=1e-4",
-                f"optim.moments={moments}",
                 *overrides,
             ]
         ).resolved()
@@ -109,89 +108,6 @@ class Ours:
         self.run.close()
 
 
-# All on transformers' LlamaForCausalLM with bf16 weights and the moments that each optimizer keeps for them.
-PEERS = {
-    "transformers": "transformers, torch.compile, torch fused AdamW",
-    "bitsandbytes_32bit": "transformers, torch.compile, bitsandbytes AdamW 32-bit",
-    "bitsandbytes": "transformers, torch.compile, bitsandbytes AdamW 8-bit",
-    "liger": "transformers, Liger, torch fused AdamW",
-    "liger_checkpointing": "transformers, Liger, gradient checkpointing, torch fused AdamW",
-    "galore_torch": "transformers, torch.compile, galore-torch AdamW 8-bit between refreshes",
-    "apollo_torch": "transformers, torch.compile, apollo-torch AdamW",
-}
-
-
-class Peer:
-    """One of PEERS, fed by our loader."""
-
-    def __init__(self, kind: str, model: str, tokens: int, micro: int, folder: str) -> None:
-        from transformers import LlamaConfig, LlamaForCausalLM
-
-        shape: ModelConfig = parse([f"model={model}", "data=sample"]).model
-        with tempfile.TemporaryDirectory() as folder_:
-            pretrained.write_config(shape, folder_, dtype=torch.bfloat16)
-            config = LlamaConfig.from_pretrained(folder_, attn_implementation="sdpa", use_cache=False)
-        with torch.device("cuda"):
-            self.model = LlamaForCausalLM(config).to(torch.bfloat16)
-        if kind.startswith("liger"):
-            from liger_kernel.transformers import _apply_liger_kernel_to_instance
-
-            _apply_liger_kernel_to_instance(model=self.model)
-            if kind.endswith("checkpointing"):
-                self.model.gradient_checkpointing_enable({"use_reentrant": False})
-        self.model.train()
-        self.fast = self.model if kind.startswith("liger") else torch.compile(self.model)
-        self.opt = self.optimizer(kind, model)
-        cfg = data.DataConfig(name="tokens", train=folder)
-        dataset = data.build(cfg, vocab_size=shape.vocab_size, seq_len=256, seed=0)
-        self.loader = dataset.loader(tokens // 256, pin=True)
-        self.micro = micro
-
-    def optimizer(self, kind: str, model: str) -> Any:
-        params = list(self.model.parameters())
-        if kind.startswith("bitsandbytes"):
-            import bitsandbytes as bnb
-
-            bits = 32 if kind.endswith("32bit") else 8
-            return bnb.optim.AdamW(params, lr=1e-4, weight_decay=0.0, optim_bits=bits)
-        if kind not in ("galore_torch", "apollo_torch"):
-            return torch.optim.AdamW(params, lr=1e-4, weight_decay=0.0, fused=True)
-        blocks = [p for n, p in self.model.named_parameters() if p.ndim == 2 and "layers" in n]
-        known = {id(p) for p in blocks}
-        low: dict[str, Any] = {"params": blocks, "update_proj_gap": 200, "proj_type": "std"}
-        low["rank"] = parse([f"model={model}", "data=sample", "optim=galore"]).resolved().optim.rank
-        groups = [{"params": [p for p in params if id(p) not in known]}, low]
-        if kind == "apollo_torch":
-            from apollo_torch import APOLLOAdamW
-
-            low |= {"scale": 1.0, "proj": "random", "scale_type": "channel"}
-            return APOLLOAdamW(groups, lr=1e-4)
-        from galore_torch import GaLoreAdamW8bit, galore_projector
-
-        def random_basis(self: Any, weights: Any, rank: int, type: str) -> Any:
-            """In place of exact SVD, minutes at 1B: steps between refreshes are what is timed."""
-            side = weights.shape[0 if type == "left" else 1]
-            q = torch.linalg.qr(torch.randn(side, rank, device=weights.device)).Q.to(weights.dtype)
-            return q if type == "left" else q.t().contiguous()
-
-        galore_projector.GaLoreProjector.get_orthogonal_matrix = random_basis
-        low |= {"scale": 0.25}
-        return GaLoreAdamW8bit(groups, lr=1e-4)
-
-    def steps(self, n: int) -> None:
-        for _ in range(n):
-            batch = next(self.loader)
-            for x in batch.x.split(self.micro):
-                x = x.cuda(non_blocking=True)
-                loss = self.fast(input_ids=x, labels=x).loss / (len(batch.x) / len(x))
-                loss.backward()
-            self.opt.step()
-            self.opt.zero_grad(set_to_none=True)
-
-    def close(self) -> None:
-        self.loader.close()
-
-
 def timed(side: Any, n: int) -> float:
     """Seconds a step over n steps."""
     torch.cuda.synchronize()
@@ -207,15 +123,26 @@ def sizes(model: str, tokens: int | None, parts: int) -> tuple[int, int]:
     return each * parts, micro
 
 
-def make_side(side: str, model: str, step: int, micro: int, folder: str) -> Ours:
-    """METHOD[+KEY=VALUE...] with the moments of its name, bf16 for adamw."""
+def make_side(side: str, model: str, step: int, micro: int, folder: str, steps: int = 100_000) -> Ours:
+    """METHOD[+KEY=VALUE...]; without others adamw's moments are bf16 and bases replaced every 200 steps."""
     method, *more = side.split("+")
-    moments = "bf16" if method == "adamw" else "int8" if method.endswith("8bit") else "fp32"
-    if more and more[0].startswith("optim.moments="):
-        moments = more.pop(0).split("=")[1]
+    usual = {"optim.moments": "bf16"} if method == "adamw" else {}
     if hasattr(METHODS[method].config, "refresh_every"):
-        more = ["optim.refresh_every=200", *more]
-    return Ours(model, step, micro, folder, moments, overrides=(f"optim={method}", *more))
+        usual["optim.refresh_every"] = "200"
+    given = {m.partition("=")[0] for m in more}
+    more += [f"{k}={v}" for k, v in usual.items() if k not in given]
+    return Ours(model, step, micro, folder, [f"optim={method}", *more], steps)
+
+
+def settings(side: Ours) -> dict[str, Any]:
+    """Of a row: what its speed and memory depend on."""
+    o, opt = side.run.cfg.optim, side.run.opt
+    keys = ("refresh_every", "side", "share", "lift", "moments", "embed_moments")
+    row = {k: getattr(o, k) for k in keys if hasattr(o, k)}
+    if opt.bases:
+        row["bases"] = str(opt.bases[0].qs.dtype).removeprefix("torch.")
+    how = side.run.cfg.activations
+    return row | {"checkpoint": how.checkpoint, "recompute": how.recompute, "velora": how.names}
 
 
 def compare_methods(
@@ -227,20 +154,20 @@ def compare_methods(
         name: partial(make_side, name, model, step, micro, folder) for name in methods.split(",")
     }
     if peer == "adamw":
-        makers["peer"] = lambda: Ours(model, step, micro, folder, "bf16")
+        makers["peer"] = partial(make_side, "adamw", model, step, micro, folder)
     else:
-        makers["peer"] = lambda: Peer(peer, model, step, micro, folder)
+        makers["peer"] = partial(Peer, peer, model, step, micro, folder)
     rows = alternate(makers, step, pairs, warm)
     return [
         {"what": f"{model} {name}, {step} tokens a step", "micro_batches": parts, **row}
-        | {"peer": PEERS.get(peer, "our adamw, moments bf16"), "checkpoint": 0}
+        | {"peer": PEERS.get(peer, "our adamw, moments bf16")}
         for name, row in zip(makers, rows, strict=False)
     ]
 
 
 def alternate(makers: dict[str, Any], tokens: int, pairs: int, warm: int = 0) -> list[dict[str, Any]]:
-    """All sides in turn: medians of their blocks, and of each pair the ratio. A row for each but the peer,
-    which trains for `warm` steps before its first block."""
+    """All sides in turn: medians of their blocks, and of each pair the ratio. A row for each but the peer;
+    they train for `warm` steps before their first block."""
     sides: dict[str, Any] = {}
     peaks, static, held, counts = {}, {}, {}, {}
     for name, make in makers.items():
@@ -265,7 +192,7 @@ def alternate(makers: dict[str, Any], tokens: int, pairs: int, warm: int = 0) ->
             times[name].append(timed(side, counts[name]))
     rows = []
     for name in [name for name in sides if name != "peer"]:
-        row: dict[str, Any] = {"warm_steps": warm} if warm else {}
+        row = settings(sides[name]) | ({"warm_steps": warm} if warm else {})
         opt = getattr(getattr(sides[name], "run", None), "opt", None)
         if opt is not None and opt.bases:
             row |= {"bases_found": list(opt.first_round), **sides[name].refreshes()}
@@ -367,8 +294,7 @@ def saves(model: str, folder: str, method: str) -> dict[str, Any]:
     cuda = torch.cuda.is_available()
     tokens, micro = CASES.get(model, (4_096, 16))
     begun = time.perf_counter()
-    side = Ours(model, tokens, micro, folder, "int8" if method.endswith("8bit") else "fp32", 1000,
-                (f"optim={method}",))  # fmt: skip
+    side = make_side(method, model, tokens, micro, folder, 1000)
     built, run = time.perf_counter() - begun, side.run
     assert run.saver is not None
     row: dict[str, Any] = {"what": f"saves, {model} {method}", "build_s": round(built, 2)}
@@ -434,6 +360,14 @@ def loader_rate(
     return {"what": f"loader alone, {what}", "tokens_per_s": round(rate), "workers": cfg.workers or 0}
 
 
+def refused(argv: list[str], keys: str, text: str | None) -> bool:
+    """Whether an argument is not KEY=VALUE with a known key; says which, and how it is used."""
+    wrong = [a for a in argv if "=" not in a or a.partition("=")[0] not in keys.split()]
+    if wrong:
+        print(f"{text}\nnot understood: {' '.join(wrong)}", file=sys.stderr)
+    return bool(wrong)
+
+
 def facts(commit: str | None) -> dict[str, Any]:
     versions = {}
     for name in PACKAGES:
@@ -450,9 +384,11 @@ def facts(commit: str | None) -> dict[str, Any]:
 
 
 def main(argv: list[str]) -> int:
-    args: dict[str, str] = dict(a.split("=", 1) for a in argv)
+    args: dict[str, str] = dict(a.partition("=")[::2] for a in argv)
     if "limit" in args and torch.cuda.is_available():
         return limited(float(args["limit"]), [a for a in argv if not a.startswith("limit=")])
+    if refused(argv, KEYS, __doc__):
+        return 2
     if not torch.cuda.is_available():
         print(f"{__doc__}\nThis needs an NVIDIA GPU, and torch sees none here.", file=sys.stderr)
         return 2
@@ -497,7 +433,7 @@ def main(argv: list[str]) -> int:
         for workers in (0, 4, 8):
             cfg = data.DataConfig(**text, tokenizer=tokenizer, workers=workers)
             jobs[f"loader of text, {workers}"] = partial(loader_rate, cfg, "data=local json.xz text")
-    rows, place, known = [], Path(args.get("out", "bench.jsonl")), facts(args.get("commit"))
+    failed, rows, place, known = False, [], Path(args.get("out", "bench.jsonl")), facts(args.get("commit"))
     lines = place.read_text(encoding="utf-8").splitlines() if place.exists() else []
     done = {(r.get("job"), r.get("commit"), r.get("gpu")) for r in map(json.loads, lines)}
     for name, job in jobs.items():
@@ -508,7 +444,7 @@ def main(argv: list[str]) -> int:
             got = job()
         except (RuntimeError, ImportError, AttributeError, TypeError, ValueError) as e:
             print(f"{name}: not measured, {type(e).__name__}: {str(e).splitlines()[0][:300]}", flush=True)
-            got = []
+            failed, got = True, []
         for row in got if isinstance(got, list) else [got]:
             rows.append({"job": name, **row, **known})
             with open(place, "a", encoding="utf-8") as record:
@@ -522,7 +458,7 @@ def main(argv: list[str]) -> int:
             print(json.dumps({k: v for k, v in row.items() if k != "versions"}))
             continue
         print(f"{row['what']:<55}{row['tokens_per_s']:>12,} tok/s{peer}{memory}")
-    return 0
+    return 1 if failed else 0
 
 
 if __name__ == "__main__":

@@ -30,7 +30,7 @@ from typing import Any
 import torch
 
 import data
-from bench import facts
+from bench import facts, refused
 from configs.cli import parse
 from llama import pretrained
 from llama.eval import evaluate
@@ -373,6 +373,9 @@ def split(path: str) -> None:
 
 
 def main(argv: list[str]) -> int:
+    keys = "data half_b out runs steps seeds commit beside plot methods claims rows split"
+    if refused(argv, keys, __doc__):
+        return 2
     args = dict(a.split("=", 1) for a in argv)
     record = args.get("out", "bench.jsonl")
     if "plot" in args:

@@ -24,7 +24,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from bench import Ours, facts
+from bench import Ours, facts, refused
 from llama.model import eager
 from optim import subspace
 from optim.layer import ProjectedLinear
@@ -96,9 +96,8 @@ def spectrum(g: Tensor) -> list[float]:
 
 def spectra(method: str, args: dict[str, str]) -> None:
     """Of one run of compare.py's length and batch; means over the layers of a kind."""
-    more = (f"optim={method}", "optim.beta2=0.95" if method == "adamw" else "optim.scale=0.25")
-    moments = "int8" if method.endswith("8bit") else "fp32"
-    side = Ours("llama_60m", 65_536, 256, args["data"], moments, 600, (*more, "optim.warmup=0.1"))
+    more = [f"optim={method}", *(["optim.beta2=0.95"] if method == "adamw" else [])]
+    side = Ours("llama_60m", 65_536, 256, args["data"], more, 600)
     side.run.lr = float(RATES.get(method, "0.01"))
     layers = {n: m for n, m in side.run.model.named_modules() if isinstance(m, nn.Linear) and "layers" in n}
     row: dict[str, Any] = {"what": f"llama_60m {method}, spectra of gradients", "shares": SHARES}
@@ -120,6 +119,8 @@ def spectra(method: str, args: dict[str, str]) -> None:
 
 
 def main(argv: list[str]) -> int:
+    if refused(argv, "data model each at spectra out commit", __doc__):
+        return 2
     args = dict(a.split("=", 1) for a in argv)
     if not torch.cuda.is_available():
         print(f"{__doc__}\nThis needs an NVIDIA GPU, and torch sees none here.", file=sys.stderr)
@@ -130,8 +131,8 @@ def main(argv: list[str]) -> int:
         return 0
     model, each = args.get("model", "llama_1b"), int(args.get("each", 7))
     at = [int(n) for n in args.get("at", "5,50,500").split(",")]
-    more = ("optim=galore_8bit", "optim.refresh_every=200", "optim.warmup=0.1", f"eval_every={10**6}")
-    side = Ours(model, 4096, 16, args["data"], "int8", steps=max(at) + 10, overrides=more)
+    more = ["optim=galore_8bit", "optim.refresh_every=200", f"eval_every={10**6}"]
+    side = Ours(model, 4096, 16, args["data"], more, max(at) + 10)
     side.run.lr = 0.01 if model != "llama_7b" else 0.005
     for step in at:
         side.steps(step - side.done)
