@@ -11,11 +11,12 @@ By itself: galore_8bit and gradnormlorp_8bit beside our own adamw (moments bf16)
 adamw, at 7B, where both would not fit, beside galore_8bit. What is in the record already, of this commit and
 card, is not measured again. `optim` names other methods, `peers` what stands beside them: adamw (ours),
 transformers, bitsandbytes, bitsandbytes_32bit, liger, liger_checkpointing, galore_torch,
-apollo_torch.
+apollo_torch. Each peer is measured in a process of its own: Liger replaces what others run too.
 
 Bases are replaced every 200 steps, and the first round is in the timed blocks: in it 32 of 200 steps at 7b
 replace those of a block. Settings of one side follow it after a plus: optim=galore_8bit+optim.lift=deferred.
-`tokens`: of each of a step's `micro_batches` (1). `warm`: steps of each method before the timed ones.
+`tokens`: of each of a step's `micro_batches` (1). `warm`: steps of each method before the timed ones, by
+default 450 but at 7B, after which every kind of step has been captured as a CUDA graph.
 `profile` says where the time goes; with optim=METHOD+graph=off by shapes of products too.
 
 FOLDER comes from `python -m data.prepare`; without one the bundled sample is prepared. Each row of the record
@@ -33,9 +34,11 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
 from functools import partial
 from glob import glob
 from importlib.metadata import PackageNotFoundError, version
+from multiprocessing import get_context
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -53,6 +56,7 @@ from train import Run
 
 # model: (tokens a step, sequences a micro-batch)
 CASES = {"llama_60m": (65_536, 256), "llama_1b": (4_096, 16), "llama_7b": (4_096, 16)}
+WARM = {"llama_7b": 0}  # two minutes a method, and launches do not bind there
 KEYS = "data out cases pairs loader optim peers tokens micro_batches warm commit profile saves"
 BLOCK_S = 2.0  # seconds of steps in a block
 PACKAGES = ("torch", "triton", "transformers", "bitsandbytes", "liger-kernel")
@@ -163,6 +167,12 @@ def compare_methods(
         | {"peer": PEERS.get(peer, "our adamw, moments bf16")}
         for name, row in zip(makers, rows, strict=False)
     ]
+
+
+def in_a_process(job: Callable[[], Any]) -> Any:
+    """Its result, or its error, from a new process."""
+    with ProcessPoolExecutor(1, get_context("spawn")) as pool:
+        return pool.submit(job).result()
 
 
 def alternate(makers: dict[str, Any], tokens: int, pairs: int, warm: int = 0) -> list[dict[str, Any]]:
@@ -400,13 +410,14 @@ def main(argv: list[str]) -> int:
             prepare(data.DataConfig(name="sample"), Path(args["data"]), vocab_size=32_000)
     jobs: dict[str, Callable[[], Any]] = {}  # name -> a row or several
     tokens = int(args["tokens"]) if "tokens" in args else None
-    pairs, parts, warm = (int(args.get(k, n)) for k, n in (("pairs", 5), ("micro_batches", 1), ("warm", 0)))
+    pairs, parts = (int(args.get(k, n)) for k, n in (("pairs", 5), ("micro_batches", 1)))
 
     def compared(model: str, methods: str, peer: str) -> None:
+        warm = int(args.get("warm", WARM.get(model, 450)))
         every = f"{parts} x {tokens or CASES[model][0]} tokens"
-        jobs[f"{model} {methods} beside {peer}, {every}, warm {warm}"] = partial(
-            compare_methods, model, methods, peer, args["data"], pairs, tokens, parts, warm
-        )
+        job = partial(compare_methods, model, methods, peer, args["data"], pairs, tokens, parts, warm)
+        name = f"{model} {methods} beside {peer}, {every}, warm {warm}"
+        jobs[name] = partial(in_a_process, job) if peer in PEERS else job
 
     for model in args.get("cases", ",".join(CASES)).split(","):
         if "profile" in args:

@@ -22,7 +22,7 @@ from .dispatch import (
     squares,
     tangent_,
 )
-from .lift import lift_, lift_rows_
+from .lift import lift_
 from .reference import (
     PROBE,
     QUANT,
@@ -51,7 +51,6 @@ __all__ = [
     "dequantise",
     "grouped_",
     "lift_",
-    "lift_rows_",
     "divisor",
     "kept",
     "load",

@@ -154,12 +154,14 @@ def rescale_(state: State, names: tuple[str, ...], d: Tensor, impl: Impl = "auto
 
 
 def rows_(
-    w: Tensor, product: Tensor, keep: Tensor, factor: Tensor, h: Tensor | None, impl: Impl = "auto"
-) -> None:
-    """reference.rows_, same arguments: the end of a lift with row factors."""
-    wide = {keep.dtype, factor.dtype}
-    problem = f"{w.dtype} with {wide}" if w.dtype not in FLOATS or wide != {torch.float32} else ""
-    if choose([w, product, keep, factor], impl, FLOATS, problem) == "ref":
+    w: Tensor, product: Tensor, keep: Tensor | None, factor: Tensor | None, h: Tensor | None,
+    impl: Impl = "auto",
+) -> None:  # fmt: skip
+    """reference.rows_, same arguments: the end of a lift that is more than a product."""
+    given = [t for t in (keep, factor) if t is not None]
+    wide = {t.dtype for t in given}
+    problem = f"{w.dtype} with {wide}" if w.dtype not in FLOATS or wide - {torch.float32} else ""
+    if choose([w, product], impl, FLOATS, problem) == "ref":
         reference.rows_(w, product, keep, factor, h)
     else:
         from . import rows

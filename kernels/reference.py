@@ -259,12 +259,16 @@ def magnitude_(
 def rows_(
     w: Tensor,  # (out, in) any float dtype, in place
     product: Tensor,  # (out, in) any float dtype
-    keep: Tensor,  # (out,) wide
-    factor: Tensor,  # (out,) wide
+    keep: Tensor | None,  # (out,) wide, or 0-dim; None: 1
+    factor: Tensor | None,  # (out,) wide; None: 1
     h: Tensor | None,  # (8,) Column: a bf16 w is rounded stochastically by its t and index; None: to nearest
 ) -> None:
     """W <- keep W + factor product, row by row, rounded once."""
-    new = w.to(keep.dtype) * keep[:, None] + product.to(keep.dtype) * factor[:, None]
+    wide = torch.promote_types(w.dtype, torch.float32)
+    kept, new = w.to(wide), product.to(wide)
+    if keep is not None:
+        kept = kept * keep.view(-1, 1).to(wide)
+    new = kept + (new if factor is None else new * factor[:, None].to(wide))
     if h is not None and w.dtype == torch.bfloat16:
         new = stochastic_bf16(new.view(-1), h[Column.T], h[Column.INDEX] + APART).view(w.shape)
     w.copy_(new)

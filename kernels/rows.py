@@ -20,11 +20,13 @@ LANES = 256
 def rows_kernel(
     w_ptr,  # (rows, cols), in place
     p_ptr,  # (rows, cols)
-    keep_ptr,  # (rows,) fp32
-    factor_ptr,  # (rows,) fp32
+    keep_ptr,  # KEEP numbers, fp32
+    factor_ptr,  # (rows,) fp32; read where FACTOR
     row,  # (8,) fp32: reference.Column; read where STOCHASTIC
     rows,
     cols,
+    KEEP: tl.constexpr,  # none | one | rows
+    FACTOR: tl.constexpr,
     STOCHASTIC: tl.constexpr,
     APART: tl.constexpr,
     EVEN: tl.constexpr,  # WIDTH divides cols
@@ -32,10 +34,15 @@ def rows_kernel(
     WIDTH: tl.constexpr,
 ):
     line, _, inside, mask, at, _ = tile(rows, cols, EVEN, BLOCKS, WIDTH)
-    keep = tl.load(keep_ptr + line, mask=inside, other=0.0)[:, None]
-    factor = tl.load(factor_ptr + line, mask=inside, other=0.0)[:, None]
     w = tl.load(w_ptr + at, mask=mask, other=0).to(tl.float32)
-    x = w * keep + tl.load(p_ptr + at, mask=mask, other=0).to(tl.float32) * factor
+    x = tl.load(p_ptr + at, mask=mask, other=0).to(tl.float32)
+    if FACTOR:
+        x = x * tl.load(factor_ptr + line, mask=inside, other=0.0)[:, None]
+    if KEEP == "rows":
+        w = w * tl.load(keep_ptr + line, mask=inside, other=0.0)[:, None]
+    elif KEEP == "one":
+        w = w * tl.load(keep_ptr)
+    x = w + x
     if STOCHASTIC:
         noise = _noise(at, tl.load(row + 4), tl.load(row + 5) + APART)
         x = ((x.to(tl.int32, bitcast=True) + noise) & -65536).to(tl.float32, bitcast=True)
@@ -182,11 +189,14 @@ def launch_magnitude(
     return keep, factor
 
 
-def launch(w: Tensor, product: Tensor, keep: Tensor, factor: Tensor, h: Tensor | None) -> None:
+def launch(
+    w: Tensor, product: Tensor, keep: Tensor | None, factor: Tensor | None, h: Tensor | None
+) -> None:
     (rows, cols), blocks = w.shape, TILE // LANES
     if w.numel():
         rows_kernel[(triton.cdiv(rows, blocks) * triton.cdiv(cols, LANES),)](
-            w, product, keep, factor, keep if h is None else h, rows, cols,
+            w, product, keep, factor, h, rows, cols,
+            KEEP="none" if keep is None else "rows" if keep.ndim else "one", FACTOR=factor is not None,
             STOCHASTIC=h is not None and w.dtype == torch.bfloat16, APART=APART, EVEN=cols % LANES == 0,
             BLOCKS=blocks, WIDTH=LANES, num_warps=WARPS,
         )  # fmt: skip

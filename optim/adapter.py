@@ -311,9 +311,8 @@ class Adapter:
         if not self.how.merge_every or not self._turn(update, self.how.merge_every):
             return
         w, at = self._rows()
-        ones = torch.ones(len(w), dtype=scalars.dtype, device=w.device)
         h = scalars.table[self.units[0].index] if self.how.stochastic else None
-        kernels.lift_rows_(w, self.i[at], self.j, ones, ones, h)
+        kernels.lift_(w, self.i[at], self.j, h=h)
         self.merges += 1
         self.since = update
         self.i.zero_()

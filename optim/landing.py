@@ -184,7 +184,7 @@ class Landing:
             if x.s is not None:
                 magnitude.step_(u, w, n, x.s, x.a, h)
                 continue
-            u.lift_(n, torch.where(h[Column.OK] > 0, h[Column.KEEP], 1.0) if u.decay else None)
+            u.lift_(n, torch.where(h[Column.OK] > 0, h[Column.KEEP], 1.0) if u.decay else None, h)
         for rule, some in dense.items():
             units = [u for u, _ in some]
             ws, states = [u.w for u in units], [u.state for u in units]

@@ -58,30 +58,22 @@ def begin(u: Unit, wide: torch.dtype) -> None:
         u.state["wq"] = w.new_zeros(len(u.w), u.q.r + u.q.k)
 
 
-def step_(u: Unit, n: Tensor, keep: Tensor | None) -> None:
-    """C <- keep C + N, summed wide, rounded once; keep 0-dim, None without decay."""
+def step_(u: Unit, n: Tensor, keep: Tensor | None, factor: Tensor | None, h: Tensor | None) -> None:
+    """C <- keep C + factor N and rho <- keep rho; keep 0-dim or of rows, None without decay. Rounded as W would
+    be: kernels.lift_."""
     c = u.state["c"][: len(n)]
-    if keep is None:
+    if keep is None and (h is None or c.dtype != torch.bfloat16):
         c.add_(n)
-        return
-    wide = torch.promote_types(c.dtype, torch.float32)
-    c.copy_(torch.addcmul(n.to(wide), c.to(wide), keep.to(wide)))
-    u.state["rho"].mul_(keep)
-
-
-def step_rows_(u: Unit, n: Tensor, keep: Tensor, factor: Tensor, h: Tensor | None) -> None:
-    """C <- keep C + factor N, row by row; rounded as W would be (kernels.lift_rows_)."""
-    kernels.rows_(u.state["c"][: len(n)], n, keep, factor, h)
-    u.state["rho"][: len(n)].mul_(keep)
+    else:
+        kernels.rows_(c, n, keep, factor, h)
+    if keep is not None:
+        rho = u.state["rho"]
+        (rho[: len(n)] if rho.ndim else rho).mul_(keep)
 
 
 def fold_(w: Tensor, c: Tensor, qs: Tensor, rho: Tensor | None, h: Tensor | None = None) -> None:
-    """W <- rho W + C Q^T, Q being the first columns of qs; h: rounded stochastically, see kernels.rows_."""
-    back = qs[:, : c.shape[1]].t()
-    if rho is not None and rho.ndim:
-        kernels.lift_rows_(w, c, back, rho, torch.ones_like(rho), h)
-    else:
-        kernels.lift_(w, c, back, rho)
+    """W <- rho W + C Q^T, Q being the first columns of qs; h: see kernels.lift_."""
+    kernels.lift_(w, c, qs[:, : c.shape[1]].t(), rho, None, h)
 
 
 def clear_(c: Tensor, rho: Tensor | None) -> None:

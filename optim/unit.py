@@ -354,21 +354,22 @@ class Unit:
         """W takes what is beside it; h: the unit's row of the table."""
         assert self.q is not None
         c, rho = self.state["c"], self.state.get("rho")
-        lift.fold_(self.param.detach(), c, self.q.qs, rho, h if self.mag and self.mag.stochastic else None)
+        lift.fold_(self.param.detach(), c, self.q.qs, rho, h if self.noise else None)
         lift.clear_(c, rho)
         lift.reproject(self)
 
-    def lift_(self, n: Tensor, keep: Tensor | None) -> None:
-        """W <- keep W + back(N), N = -lr * direction; or C, which stands for it."""
-        w = self.w
+    def lift_(self, n: Tensor, keep: Tensor | None, h: Tensor) -> None:
+        """W <- keep W + back(N), N = -lr * direction; or C, which stands for it. h: the unit's row of the
+        table."""
+        w, noise = self.w, h if self.noise else None
         if self.rests:
-            lift.step_(self, n, keep)
+            lift.step_(self, n, keep, None, noise)
         elif self.q and self.grouped:
             eps = self.rule.eps if isinstance(self.rule, Velora) else 0.0
-            kernels.grouped_(w[:, : self.q.n], n, self.q.qs, eps, keep)
+            kernels.grouped_(w[:, : self.q.n], n, self.q.qs, eps, keep, noise)
         elif self.p is None:
             assert self.q is not None
-            kernels.lift_(w, n, self.q.q.t(), keep)
+            kernels.lift_(w, n, self.q.q.t(), keep, None, noise)
         else:
             back = n if self.q is None else n @ self.q.q.to(n.dtype).t()
-            kernels.lift_(w, self.p.q, back, keep)
+            kernels.lift_(w, self.p.q, back, keep, None, noise)

@@ -105,14 +105,15 @@ def cases():
         aligned = [n for n in arguments if n != "rows"] if whole else None
         what = f"rescale {'signed' if signed else 'unsigned'} {width} {whole}"
         yield rescale.rescale_kernel, arguments, constants, adam.WARPS, aligned, what
-    for dtype, stochastic, whole in itertools.product(norms.DTYPES, (True, False), (True, False)):
-        arguments = dict.fromkeys(("w_ptr", "p_ptr"), f"*{TYPES[dtype]}")
-        arguments |= dict.fromkeys(("keep_ptr", "factor_ptr", "row"), "*fp32")
-        arguments |= {"rows": "i32", "cols": "i32"}
-        constants = {"STOCHASTIC": stochastic, "APART": rows.APART, "EVEN": whole}
-        constants |= {"BLOCKS": adam.TILE // rows.LANES, "WIDTH": rows.LANES}
+    ends = (("rows", True, True), ("rows", True, False), ("none", False, True), ("one", False, False))
+    for dtype, whole, (keep, factor, stochastic) in itertools.product(norms.DTYPES, (True, False), ends):
+        arguments = dict.fromkeys(("w_ptr", "p_ptr"), f"*{TYPES[dtype]}") | {"rows": "i32", "cols": "i32"}
+        constants = {"KEEP": keep, "FACTOR": factor, "STOCHASTIC": stochastic, "APART": rows.APART}
+        constants |= {"EVEN": whole, "BLOCKS": adam.TILE // rows.LANES, "WIDTH": rows.LANES}
+        for name, given in (("keep_ptr", keep != "none"), ("factor_ptr", factor), ("row", stochastic)):
+            (arguments if given else constants)[name] = "*fp32" if given else None
         aligned = [n for n in arguments if n != "rows"] if whole else None
-        what = f"rows {dtype} {'stochastic' if stochastic else 'nearest'} {whole}"
+        what = f"rows {dtype} {keep} {'stochastic' if stochastic else 'nearest'} {whole}"
         yield rows.rows_kernel, arguments, constants, adam.WARPS, aligned, what
     for dtype, whole in itertools.product(norms.DTYPES, (True, False)):
         arguments = dict.fromkeys(("x_ptr", "a_ptr"), f"*{TYPES[dtype]}")

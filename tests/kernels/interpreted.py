@@ -3,6 +3,7 @@
 Needs TRITON_INTERPRET=1. Prints one line a case: dtypes and the largest differences.
 """
 
+import itertools
 import sys
 
 import torch
@@ -320,14 +321,15 @@ def magnitudes(dtype):
 
 
 def row_factors(dtype, stochastic):
-    """Factors near and far from one; one row infinite."""
+    """Factors near and far from one, one for all, or none; one row infinite."""
     worst, g = Worst(), torch.Generator().manual_seed(0)
-    for shape in PROJECTED:
+    for shape, kept in itertools.product(PROJECTED, ("rows", "one", "none")):
         w = guarded(torch.randn(shape, generator=g).to(dtype))
         product = (torch.randn(shape, generator=g) / 100).to(dtype)
         before, h = w.clone(), table_of(1)[0]
         keep = 1 + torch.randn(shape[0], generator=g) / 1000
-        factor = torch.randn(shape[0], generator=g)
+        factor = torch.randn(shape[0], generator=g) if kept == "rows" else None
+        keep = {"rows": keep, "one": keep[0] - 0.3, "none": None}[kept]
         product[-1, -1] = float("inf")
         ref = w.clone()
         rows_(w, product, keep, factor, h if stochastic else None, impl="triton")
