@@ -114,7 +114,6 @@ class How:
     together: bool  # merges and refreshes of all layers in one update, not spread over the period
     detach_norm: bool
     normalize: bool
-    stochastic: bool  # rounding of a bf16 W0 at a merge
     reduce: Reduce
 
 
@@ -312,7 +311,7 @@ class Adapter:
             return
         w, at = self._rows()
         ones = torch.ones(len(w), dtype=scalars.dtype, device=w.device)
-        h = scalars.table[self.units[0].index] if self.how.stochastic else None
+        h = scalars.table[self.units[0].index] if self.units[0].noise else None
         kernels.lift_rows_(w, self.i[at], self.j, ones, ones, h)
         self.merges += 1
         self.since = update

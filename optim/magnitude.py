@@ -128,7 +128,7 @@ def step_(
         sums = torch.stack([along, (p * (p @ (dv @ dv.t()))).sum(1)])
     rate, betas = u.mag.rate / u.scale, (rule.beta1, rule.beta2, rule.eps)
     keep, factor = kernels.magnitude_(u.state, s, sums, h, rate, *betas, least(w))
-    noise = h if u.mag.stochastic else None
+    noise = h if u.noise else None
     if u.rests:  # the rows' lengths are read at the fold's refresh
         lift.step_rows_(u, step, keep, factor, noise)
         return

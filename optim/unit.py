@@ -136,7 +136,6 @@ class Magnitude:
 
     rate: float  # its lr is group lr * rate
     rule: Adam
-    stochastic: bool  # rounding of bf16 weights
 
 
 @dataclass(eq=False)
@@ -154,6 +153,7 @@ class Unit:
     store: str  # fp32 | bf16 | int8
     mag: Magnitude | None = None  # None: W is trained as it is, not as magnitude and direction
     limit: float = 0.0  # of growth: growth.py; 0: none
+    noise: bool = False  # a bf16 parameter is rounded stochastically
     deferred: bool = False  # between refreshes updates gather beside W: lift.py
     adapter: Adapter | None = None  # whose factor or magnitude this is: its gradient arrives whole
     index: int = 0
@@ -354,18 +354,19 @@ class Unit:
         """W takes what is beside it; h: the unit's row of the table."""
         assert self.q is not None
         c, rho = self.state["c"], self.state.get("rho")
-        lift.fold_(self.param.detach(), c, self.q.qs, rho, h if self.mag and self.mag.stochastic else None)
+        lift.fold_(self.param.detach(), c, self.q.qs, rho, h if self.mag and self.noise else None)
         lift.clear_(c, rho)
         lift.reproject(self)
 
-    def lift_(self, n: Tensor, keep: Tensor | None) -> None:
-        """W <- keep W + back(N), N = -lr * direction; or C, which stands for it."""
+    def lift_(self, n: Tensor, keep: Tensor | None, h: Tensor | None) -> None:
+        """W <- keep W + back(N), N = -lr * direction; or C, which stands for it. h: the unit's row of the
+        table; None: rounded to nearest."""
         w = self.w
         if self.rests:
             lift.step_(self, n, keep)
         elif self.q and self.grouped:
             eps = self.rule.eps if isinstance(self.rule, Velora) else 0.0
-            kernels.grouped_(w[:, : self.q.n], n, self.q.qs, eps, keep)
+            kernels.grouped_(w[:, : self.q.n], n, self.q.qs, eps, keep, h)
         elif self.p is None:
             assert self.q is not None
             kernels.lift_(w, n, self.q.q.t(), keep)
