@@ -305,7 +305,7 @@ def test_a_weight_has_random_bits_of_its_own():
 
 
 def drift(dtype, rounding, updates=300):
-    """By parameter, how far so many of 2^-14 went on average over what they should, and five standard
+    """By parameter: how far updates of 2^-14 took it on average, over what they sum to; five standard
     deviations of that."""
     model = small(dtype)
     opt = attach(model, "adamw", lr=2.0**-14, rounding=rounding)
