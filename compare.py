@@ -58,7 +58,6 @@ ADAPTER = "gradnormlorp_adapter_8bit"
 RUNS |= {
     f"{m} lr={lr:g} {' '.join(more)}".rstrip(): (m, [f"optim.lr={lr}", *(f"optim.{x}" for x in more)])
     for m, lr, more in (
-        ("gradnormlorp_8bit", 0.01, ["rounding=nearest"]),
         ("gradnormlorp_8bit", 0.01, ["mag_scale=1"]),
         (ADAPTER, 0.01, ["normalize=false"]),
         *((ADAPTER, lr, ["project=false"]) for lr in (0.0025, 0.005, 0.01)),
@@ -66,9 +65,13 @@ RUNS |= {
         (ADAPTER, 0.01, ["detach_norm=true"]),
         (ADAPTER, 0.01, ["finder=svd"]),
         (ADAPTER, 0.01, ["core_rank=32"]),
-        *((m, lr, ["lift=deferred"]) for m in ("galore_8bit", "gradnormlorp_8bit") for lr in (0.001, 0.01)),
+        *(
+            (m, lr, more)
+            for m in ("galore_8bit", "gradnormlorp_8bit")
+            for lr in (0.001, 0.01)
+            for more in (["lift=deferred"], ["rounding=nearest"], ["lift=deferred", "rounding=nearest"])
+        ),
         *((m, 0.001, []) for m in ("galore_8bit", "gradnormlorp_8bit")),
-        ("gradnormlorp_8bit", 0.001, ["rounding=nearest"]),
         *(("galore_8bit", 0.01, [f"rank={r}"]) for r in (64, 88)),  # adarankgrad's least, and its mean
         *(("natural_galore_8bit", 0.01, [x]) for x in ("damping=0.1", "damping=10", "history=16")),
         *(("adarankgrad_8bit", 0.01, [f"energy={e}", "rank_min=8"]) for e in (0.52, 0.77, 0.9)),
@@ -92,6 +95,11 @@ RUNS |= {
         + ["activations=velora", f"activations.group={group or 'null'}"],
     )
     for m, lr, scale, group in VELORA
+}
+RUNS |= {
+    f"adamw lr={lr:g}{more}": ("adamw", [f"optim.lr={lr}", "optim.beta2=0.95", *settings])
+    for more, settings in (("", []), (" rounding=nearest", ["optim.rounding=nearest"]))
+    for lr in (2.5e-4, 2e-3)
 }
 RUNS |= {
     "adamw lr=0.008 scale=0.125": ("adamw", ["optim.lr=8e-3", "optim.scale=0.125", "optim.beta2=0.95"]),
@@ -150,6 +158,7 @@ def ours(method: str, overrides: list[str], args: dict[str, str], seed: int) -> 
         rows = [json.loads(line) for line in open(run.book.path, encoding="utf-8")]
         kept = rows[EVERY - 1 :: EVERY]
         row: dict[str, Any] = {"losses": [round(r["loss"], 4) for r in kept]}
+        row["rounding"] = cfg.optim.rounding
         if "energy" in rows[0]:
             row["energy"] = [round(r["energy"], 4) for r in kept]
             row["refresh_share"] = round(sum(r["refresh_share"] for r in rows) / len(rows), 5)

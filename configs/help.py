@@ -62,6 +62,7 @@ PHRASES = {
     "optim.update": "in_backward or after; null: by clip_mode",
     "optim.moments": "fp32, bf16 or int8",
     "optim.embed_moments": "fp32: of embedding and head; null: alike",
+    "optim.rounding": "of bf16 weights at an update: stochastic or nearest",
     "optim.schedule": "cosine, linear or constant",
     "optim.warmup": "share of steps",
     "optim.min_lr_ratio": "last lr / highest lr",
@@ -110,7 +111,6 @@ ADARANK = {
 }
 MAGNITUDE = {
     "optim.mag_scale": "magnitudes run at lr * mag_scale",
-    "optim.rounding": "of bf16 matrices: stochastic or nearest",
 }
 ADAPTER = {
     "optim.merge_every": "steps; 0: never; null: as refresh_every",

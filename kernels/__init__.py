@@ -34,6 +34,7 @@ from .reference import (
     quantise,
     save_,
     stochastic_bf16,
+    write_,
 )
 
 __all__ = [
@@ -65,4 +66,5 @@ __all__ = [
     "squares",
     "stochastic_bf16",
     "tangent_",
+    "write_",
 ]

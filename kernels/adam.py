@@ -20,7 +20,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .constant import constant
-from .reference import FLOOR, QUANT
+from .reference import APART, FLOOR, QUANT
 
 TILE = 2048  # numbers of a program: 16 a thread, so that 8-bit moments too are read 16 bytes at a time
 WARPS = 4
@@ -28,10 +28,15 @@ WARPS = 4
 # of 0.29, 0.20 and 0.22.
 DENSE_TILE, DENSE_WARPS = 4096, 2
 LEAST = tl.constexpr(FLOOR)
+OWN = tl.constexpr(APART)
 ZERO = tl.constexpr(0x4B400000)  # rounded(0)
 DTYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.int8: tl.int8}
 # What the launchers can choose; each is compiled ahead of time in the tests.
-VARIANTS = [(weight, moment) for weight in (torch.bfloat16, torch.float32) for moment in DTYPES]
+VARIANTS = [  # weight, moments, weight rounded stochastically
+    (weight, moment, noise)
+    for weight, noise in ((torch.bfloat16, False), (torch.bfloat16, True), (torch.float32, False))
+    for moment in DTYPES
+]
 DIRECTION_VARIANTS = [  # gradient, result, moments, with a column scale
     (grad, out, moment, scaled)
     for grad in (torch.bfloat16, torch.float32)
@@ -49,6 +54,14 @@ def _noise(element, t, index):
     h = (h ^ (h >> 16)) * 0x7FEB352D
     h = (h ^ (h >> 15)) * 0x846CA68B
     return ((h ^ (h >> 16)) & 0xFFFF).to(tl.int32)
+
+
+@triton.jit
+def stochastic(x, element, t, index):
+    """x as reference.stochastic_bf16 rounds it, still fp32. NaN is left alone: with noise the hardware's own,
+    0x7FFFFFFF, would become -0."""
+    noisy = (x.to(tl.int32, bitcast=True) + _noise(element, t, index)) & -65536
+    return tl.where(x == x, noisy.to(tl.float32, bitcast=True), x)
 
 
 @triton.jit
@@ -162,8 +175,7 @@ def _step(
         _write(v_ptr + at, code.to(tl.uint8), mask, MASKED)
     else:
         if MOMENT == tl.bfloat16:
-            noise = _noise(at, tl.load(row + 4), tl.load(row + 5))
-            v = ((v.to(tl.int32, bitcast=True) + noise) & -65536).to(tl.float32, bitcast=True)
+            v = stochastic(v, at, tl.load(row + 4), tl.load(row + 5))
         _write(m_ptr + at, m.to(MOMENT), mask, MASKED)
         _write(v_ptr + at, v.to(MOMENT), mask, MASKED)
     return top, below
@@ -172,7 +184,8 @@ def _step(
 @triton.jit
 def _dense(
     w_ptr, g_ptr, m_ptr, v_ptr, m_scale, v_scale, at, mask, unit, inside, row,
-    beta1, rest1, beta2, rest2, eps, WEIGHT: tl.constexpr, MOMENT: tl.constexpr, MASKED: tl.constexpr,
+    beta1, rest1, beta2, rest2, eps, WEIGHT: tl.constexpr, MOMENT: tl.constexpr, NOISE: tl.constexpr,
+    MASKED: tl.constexpr,
 ):  # fmt: skip
     w = _read(w_ptr + at, mask, MASKED)
     g = _read(g_ptr + at, mask, MASKED)
@@ -181,6 +194,8 @@ def _dense(
         MOMENT, False, MASKED,
     )  # fmt: skip
     w = w * tl.load(row + 1) - tl.load(row) * (top / (below + eps))
+    if NOISE:
+        w = stochastic(w, at, tl.load(row + 4), tl.load(row + 5) + OWN)
     _write(w_ptr + at, w.to(WEIGHT), mask, MASKED)
 
 
@@ -196,6 +211,7 @@ def adam_kernel(
     eps,
     WEIGHT: tl.constexpr,
     MOMENT: tl.constexpr,
+    NOISE: tl.constexpr,  # bf16 weights are rounded stochastically
     BLOCKS: tl.constexpr,
     WIDTH: tl.constexpr,
 ):
@@ -221,7 +237,7 @@ def adam_kernel(
             unit = tile * BLOCKS + line
             _dense(
                 w_ptr, g_ptr, m_ptr, v_ptr, m_scale, v_scale, at, at < numbers, unit, unit < numbers, row,
-                beta1, rest1, beta2, rest2, eps, WEIGHT, MOMENT, False,
+                beta1, rest1, beta2, rest2, eps, WEIGHT, MOMENT, NOISE, False,
             )  # fmt: skip
         else:
             across = tl.cdiv(cols, WIDTH)
@@ -232,7 +248,7 @@ def adam_kernel(
             unit = rows * across + tile % across
             _dense(
                 w_ptr, g_ptr, m_ptr, v_ptr, m_scale, v_scale, at, mask, unit, rows * cols < numbers, row,
-                beta1, rest1, beta2, rest2, eps, WEIGHT, MOMENT, True,
+                beta1, rest1, beta2, rest2, eps, WEIGHT, MOMENT, NOISE, True,
             )  # fmt: skip
 
 
@@ -312,6 +328,7 @@ def launch(
     beta1: float,
     beta2: float,
     eps: float,
+    noise: bool,
 ) -> None:
     moment = states[0]["m"].dtype
     names = ("m", "v", "m_scale", "v_scale") if moment == torch.int8 else ("m", "v")
@@ -323,7 +340,8 @@ def launch(
     addresses = constant(rows, torch.int64, table.device)
     adam_kernel[(len(tiles),)](
         addresses, tiles, table, beta1, 1 - beta1, beta2, 1 - beta2, eps, WEIGHT=DTYPES[ws[0].dtype],
-        MOMENT=DTYPES[moment], BLOCKS=DENSE_TILE // QUANT, WIDTH=QUANT, num_warps=DENSE_WARPS,
+        MOMENT=DTYPES[moment], NOISE=noise and ws[0].dtype == torch.bfloat16, BLOCKS=DENSE_TILE // QUANT,
+        WIDTH=QUANT, num_warps=DENSE_WARPS,
     )  # fmt: skip
 
 

@@ -69,7 +69,7 @@ def _adam(store: str) -> Case:
         return {"w": w, "g": g, "state": states[0], "h": row(device), "plan": dispatch.plan([w], states)}
 
     def call(x: dict[str, Any], impl: Impl) -> Any:
-        dispatch.adam_([x["w"]], [x["g"]], [x["state"]], x["h"][None], x["plan"], *BETAS, impl=impl)
+        dispatch.adam_([x["w"]], [x["g"]], [x["state"]], x["h"][None], x["plan"], *BETAS, True, impl=impl)
 
     return Case(f"adam_{store}", make, call, lambda x: size(x["g"]) + 2 * size(x["w"], *x["state"].values()))
 
@@ -209,10 +209,10 @@ def _grouped() -> Case:
         many = next(m for m in (32, 30, 1) if cols % m == 0)
         parts = random(device, 2, rows, cols // many, dtype=torch.float32, seed=1).abs() * 1e-2
         d = torch.nn.functional.normalize(random(device, many, seed=2), dim=0)
-        return {"w": random(device, rows, cols), "parts": parts, "d": d}
+        return {"w": random(device, rows, cols), "parts": parts, "d": d, "h": row(device)}
 
     def call(x: dict[str, Any], impl: Impl) -> Any:
-        dispatch.grouped_(x["w"], x["parts"], x["d"], BETAS[2], None, impl=impl)
+        dispatch.grouped_(x["w"], x["parts"], x["d"], BETAS[2], None, x["h"], impl=impl)
 
     return Case("grouped", make, call, lambda x: 2 * size(x["w"]) + size(x["parts"]))
 

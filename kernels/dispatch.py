@@ -65,6 +65,7 @@ def adam_(
     beta1: float,
     beta2: float,
     eps: float,
+    noise: bool = False,  # bf16 weights are rounded stochastically
     impl: Impl = "auto",
 ) -> None:
     """reference.adam for every parameter; Triton takes one launch for all that share their dtypes."""
@@ -82,10 +83,10 @@ def adam_(
             tiles = plan.get(tuple(ns)) if plan else None
             if tiles is None:
                 tiles = adam.tile_table(w, moment)
-            adam.launch(w, g, s, ns, table, tiles, beta1, beta2, eps)
+            adam.launch(w, g, s, ns, table, tiles, beta1, beta2, eps, noise)
         else:
             for n in ns:
-                reference.adam(ws[n], gs[n], states[n], table[n], beta1, beta2, eps)
+                reference.adam(ws[n], gs[n], states[n], table[n], beta1, beta2, eps, noise)
 
 
 def adam_direction(
@@ -125,8 +126,9 @@ def _choose_direction(g: Tensor, state: State, h: Tensor, dtype: torch.dtype, im
 
 
 def grouped_(
-    w: Tensor, parts: Tensor, direction: Tensor, eps: float, keep: Tensor | None, impl: Impl = "auto"
-) -> None:
+    w: Tensor, parts: Tensor, direction: Tensor, eps: float, keep: Tensor | None, h: Tensor | None,
+    impl: Impl = "auto",
+) -> None:  # fmt: skip
     """reference.grouped_, same arguments: the update of a VeLoRA weight."""
     problem = f"dtype {parts.dtype} of the parts" if parts.dtype != torch.float32 else ""
     if parts.ndim != 3:
@@ -134,11 +136,11 @@ def grouped_(
     elif w.dtype not in FLOATS or w.stride(1) != 1:
         problem = f"{w.dtype} weights whose rows may not be contiguous"
     if choose([parts, direction], impl, FLOATS, problem) == "ref":
-        reference.grouped_(w, parts, direction, eps, keep)
+        reference.grouped_(w, parts, direction, eps, keep, h)
     else:
         from . import grouped
 
-        grouped.launch(w, parts, direction, eps, keep)
+        grouped.launch(w, parts, direction, eps, keep, h)
 
 
 def rescale_(state: State, names: tuple[str, ...], d: Tensor, impl: Impl = "auto") -> None:

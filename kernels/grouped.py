@@ -10,10 +10,16 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .adam import TILE, WARPS, tile
+from .adam import OWN, TILE, WARPS, stochastic, tile
 
 LANES = 256
-VARIANTS = [(torch.bfloat16, torch.bfloat16), (torch.float32, torch.float32), (torch.bfloat16, torch.float32)]
+VARIANTS = [  # weight, direction, weight rounded stochastically
+    (torch.bfloat16, torch.bfloat16, False),
+    (torch.bfloat16, torch.bfloat16, True),
+    (torch.float32, torch.float32, False),
+    (torch.bfloat16, torch.float32, False),
+    (torch.bfloat16, torch.float32, True),
+]
 
 
 @triton.jit
@@ -22,17 +28,19 @@ def grouped_kernel(
     parts_ptr,  # (2, rows, cols / SIZE) fp32
     d_ptr,  # (SIZE,)
     keep_ptr,  # () fp32; read where DECAY
+    row,  # (8,) fp32: reference.Column; read where NOISE
     rows,
     cols,
     stride,
     eps,
     DECAY: tl.constexpr,
+    NOISE: tl.constexpr,
     SIZE: tl.constexpr,
     EVEN: tl.constexpr,  # WIDTH divides cols
     BLOCKS: tl.constexpr,
     WIDTH: tl.constexpr,
 ):
-    line, col, inside, mask, _, _ = tile(rows, cols, EVEN, BLOCKS, WIDTH)
+    line, col, inside, mask, element, _ = tile(rows, cols, EVEN, BLOCKS, WIDTH)
     at = line.to(tl.int64)[:, None] * stride + col[None, :]
     groups = cols // SIZE
     d = tl.load(d_ptr + col % SIZE).to(tl.float32)[None, :]
@@ -43,14 +51,19 @@ def grouped_kernel(
     if DECAY:
         w = w * tl.load(keep_ptr)
     w = w + top * d / (root * tl.abs(d) + eps)
+    if NOISE:
+        w = stochastic(w, element, tl.load(row + 4), tl.load(row + 5) + OWN)
     tl.store(w_ptr + at, w.to(w_ptr.dtype.element_ty), mask=mask)
 
 
-def launch(w: Tensor, parts: Tensor, direction: Tensor, eps: float, keep: Tensor | None) -> None:
+def launch(
+    w: Tensor, parts: Tensor, direction: Tensor, eps: float, keep: Tensor | None, h: Tensor | None
+) -> None:
     rows, cols = w.shape
+    h = h if w.dtype == torch.bfloat16 else None
     if w.numel():
         grouped_kernel[(triton.cdiv(rows, TILE // LANES) * triton.cdiv(cols, LANES),)](
-            w, parts, direction, keep, rows, cols, w.stride(0), eps,
-            DECAY=keep is not None, SIZE=len(direction), EVEN=cols % LANES == 0,
+            w, parts, direction, keep, h, rows, cols, w.stride(0), eps,
+            DECAY=keep is not None, NOISE=h is not None, SIZE=len(direction), EVEN=cols % LANES == 0,
             BLOCKS=TILE // LANES, WIDTH=LANES, num_warps=WARPS,
         )  # fmt: skip

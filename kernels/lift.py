@@ -20,12 +20,13 @@ def lift_(
     b: Tensor,  # (r, in): Q^T, or the direction times -lr (output side)
     keep: Tensor | None = None,  # 0-dim or (out,) wide: 1 - lr * decay; None without decay
     factor: Tensor | None = None,  # (out,) wide, of a b; None: 1
-    h: Tensor | None = None,  # (8,) Column: a bf16 w is rounded stochastically by its t and index; None: to nearest
+    h: Tensor | None = None,  # as reference.write_ takes it: stochastic rounding of a bf16 w
 ) -> None:
     """W <- keep W + factor (a b), summed wide, rounded to W's dtype once.
 
     A bf16 weight times keep = 1 - 1e-4 alone would round back to itself: decay has to meet the update first.
-    In rows_ a b comes in W's dtype: a rounding of 2^-9 of the update, some 2^-9 of W, for a third of the bytes.
+    rows_ is given a b in W's dtype: a rounding of 2^-9 of the update, some 2^-9 of W, saves a third of the
+    bytes.
     """
     a, b = a.to(w.dtype), b.to(w.dtype)
     if keep is None and factor is None and (h is None or w.dtype != torch.bfloat16):

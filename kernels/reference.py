@@ -73,6 +73,7 @@ def adam(
     beta1: float,
     beta2: float,
     eps: float,
+    noise: bool = False,  # a bf16 w is rounded stochastically: write_
 ) -> None:
     """One AdamW update (Loshchilov and Hutter, Algorithm 2), all in fp32 (float64 weights: float64).
 
@@ -81,7 +82,7 @@ def adam(
     wide = torch.promote_types(w.dtype, torch.float32)
     direction = _direction(g, state, h, beta1, beta2, eps, wide)
     new = w.to(wide) * h[Column.KEEP] - h[Column.LR] * direction
-    w.copy_(torch.where(h[Column.OK] > 0, new, w.to(wide)))
+    write_(w, torch.where(h[Column.OK] > 0, new, w.to(wide)), h if noise else None)
 
 
 def adam_direction(
@@ -119,6 +120,7 @@ def grouped_(
     direction: Tensor,  # (size,) any float dtype: d
     eps: float,
     keep: Tensor | None,  # 0-dim wide: 1 - lr * decay; None without decay
+    h: Tensor | None,  # as write_ takes it
 ) -> None:
     """W <- keep W + U, rounded once: U[o, j size + q] = top[o, j] d[q] / (root[o, j] |d[q]| + eps), which is
     -lr times Adam's direction for gradients A (x) d, whatever eps; or A[o, j] d[q]."""
@@ -128,7 +130,7 @@ def grouped_(
         u = parts.to(wide)[:, :, None] * d
     else:
         u = parts[0, :, :, None] * d / (parts[1, :, :, None] * d.abs() + eps)
-    w.copy_((w if keep is None else w.to(wide) * keep) + u.flatten(1))
+    write_(w, (w if keep is None else w.to(wide) * keep) + u.flatten(1), h)
 
 
 def squares(
@@ -261,16 +263,27 @@ def rows_(
     product: Tensor,  # (out, in) any float dtype
     keep: Tensor | None,  # (out,) wide, or 0-dim; None: 1
     factor: Tensor | None,  # (out,) wide; None: 1
-    h: Tensor | None,  # (8,) Column: a bf16 w is rounded stochastically by its t and index; None: to nearest
+    h: Tensor | None,  # as write_ takes it
 ) -> None:
     """W <- keep W + factor product, row by row, rounded once."""
     wide = torch.promote_types(w.dtype, torch.float32)
     kept, new = w.to(wide), product.to(wide)
     if keep is not None:
         kept = kept * keep.view(-1, 1).to(wide)
-    new = kept + (new if factor is None else new * factor[:, None].to(wide))
+    write_(w, kept + (new if factor is None else new * factor[:, None].to(wide)), h)
+
+
+def write_(
+    w: Tensor,  # any shape, strides and float dtype, in place
+    new: Tensor,  # of w's shape, wide
+    h: Tensor | None,  # (8,) Column: a bf16 w is rounded stochastically by its t and index; None: to nearest
+) -> None:
+    """w <- new; the random bits are also of the number's place in a contiguous w.
+
+    bf16 numbers are 2^-8 to 2^-7 of themselves apart; to nearest, updates of less than half of that are lost.
+    """
     if h is not None and w.dtype == torch.bfloat16:
-        new = stochastic_bf16(new.view(-1), h[Column.T], h[Column.INDEX] + APART).view(w.shape)
+        new = stochastic_bf16(new.reshape(-1), h[Column.T], h[Column.INDEX] + APART).view(w.shape)
     w.copy_(new)
 
 

@@ -10,8 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .adam import TILE, WARPS, _noise, _step, tile
-from .reference import APART
+from .adam import OWN, TILE, WARPS, _step, stochastic, tile
 
 LANES = 256
 
@@ -28,7 +27,6 @@ def rows_kernel(
     KEEP: tl.constexpr,  # none | one | rows
     FACTOR: tl.constexpr,
     STOCHASTIC: tl.constexpr,
-    APART: tl.constexpr,
     EVEN: tl.constexpr,  # WIDTH divides cols
     BLOCKS: tl.constexpr,
     WIDTH: tl.constexpr,
@@ -44,8 +42,7 @@ def rows_kernel(
         w = w * tl.load(keep_ptr)
     x = w + x
     if STOCHASTIC:
-        noise = _noise(at, tl.load(row + 4), tl.load(row + 5) + APART)
-        x = ((x.to(tl.int32, bitcast=True) + noise) & -65536).to(tl.float32, bitcast=True)
+        x = stochastic(x, at, tl.load(row + 4), tl.load(row + 5) + OWN)
     tl.store(w_ptr + at, x.to(w_ptr.dtype.element_ty), mask=mask)
 
 
@@ -189,14 +186,12 @@ def launch_magnitude(
     return keep, factor
 
 
-def launch(
-    w: Tensor, product: Tensor, keep: Tensor | None, factor: Tensor | None, h: Tensor | None
-) -> None:
+def launch(w: Tensor, product: Tensor, keep: Tensor | None, factor: Tensor | None, h: Tensor | None) -> None:
     (rows, cols), blocks = w.shape, TILE // LANES
     if w.numel():
         rows_kernel[(triton.cdiv(rows, blocks) * triton.cdiv(cols, LANES),)](
             w, product, keep, factor, h, rows, cols,
             KEEP="none" if keep is None else "rows" if keep.ndim else "one", FACTOR=factor is not None,
-            STOCHASTIC=h is not None and w.dtype == torch.bfloat16, APART=APART, EVEN=cols % LANES == 0,
+            STOCHASTIC=h is not None and w.dtype == torch.bfloat16, EVEN=cols % LANES == 0,
             BLOCKS=blocks, WIDTH=LANES, num_warps=WARPS,
         )  # fmt: skip

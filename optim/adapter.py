@@ -114,7 +114,6 @@ class How:
     together: bool  # merges and refreshes of all layers in one update, not spread over the period
     detach_norm: bool
     normalize: bool
-    stochastic: bool  # rounding of a bf16 W0 at a merge
     reduce: Reduce
 
 
@@ -311,7 +310,7 @@ class Adapter:
         if not self.how.merge_every or not self._turn(update, self.how.merge_every):
             return
         w, at = self._rows()
-        h = scalars.table[self.units[0].index] if self.how.stochastic else None
+        h = scalars.table[self.units[0].index] if self.units[0].noise else None
         kernels.lift_(w, self.i[at], self.j, h=h)
         self.merges += 1
         self.since = update

@@ -61,7 +61,7 @@ def give_adapters(
         raise ValueError(f"rank={rank}: no matrix is wider, nothing would be trained in factors; choose less")
     merge = every if cfg.merge_every is None else cfg.merge_every
     together = cfg.refresh == "together"
-    how = How(merge, together, cfg.detach_norm, cfg.normalize, cfg.rounding == "stochastic", comm)
+    how = How(merge, together, cfg.detach_norm, cfg.normalize, comm)
     every_unit: list[Unit] = []
     bases: list[Basis] = []
     for u in units:
@@ -143,7 +143,7 @@ def give_bases(model: nn.Module, units: list[Unit], cfg: ProjectedConfig) -> lis
     if cfg.transport != "auto" and not any(u.rule.moments for u in matrices):
         raise ValueError(f"transport={cfg.transport}: {cfg.name} keeps no moments in a basis; leave it out")
     if isinstance(cfg, MagnitudeConfig):
-        how = Magnitude(cfg.mag_scale, adam(cfg), cfg.rounding == "stochastic")
+        how = Magnitude(cfg.mag_scale, adam(cfg))
         for u in (u for u in matrices if u.projected):
             u.mag = how
     for u in matrices:

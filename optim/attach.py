@@ -115,6 +115,7 @@ def attach(
         b.begin(int(seed), w.device, basis_dtype(cfg, w))
         comm.from_owner_(b.qs, b.index)
     for u in units:
+        u.noise = cfg.rounding == "stochastic"
         u.begin()
     return Engine(
         model,

@@ -23,6 +23,7 @@ class OptimConfig:
     update: str | None = None  # in_backward | after; None: see update_resolved
     moments: str = "fp32"  # fp32 | bf16 | int8 (8 bits, a scale for each block of 256)
     embed_moments: str | None = None  # fp32: those of embedding and head; None: as moments
+    rounding: str = "stochastic"  # of bf16 weights at an update: stochastic | nearest
     schedule: str = "cosine"  # cosine | linear | constant
     warmup: float = 0.1  # share of steps
     min_lr_ratio: float = 0.1
@@ -33,6 +34,7 @@ class OptimConfig:
         "update": ("in_backward", "after"),
         "moments": ("fp32", "bf16", "int8"),
         "embed_moments": ("fp32",),
+        "rounding": ("stochastic", "nearest"),
         "schedule": ("cosine", "linear", "constant"),
     }
     # key: interval, what to do
@@ -227,11 +229,9 @@ class MagnitudeConfig(ProjectedConfig):
     """Methods that train a matrix as magnitude and direction, a number of each row."""
 
     mag_scale: float = 0.25  # the magnitudes run at lr * mag_scale
-    rounding: str = "stochastic"  # of bf16 matrices: stochastic | nearest
 
     CHOICES: ClassVar[dict[str, tuple[str, ...]]] = ProjectedConfig.CHOICES | {
         "side": ("input", "output", "paper", "long"),  # of both, P and the row factors do not commute
-        "rounding": ("stochastic", "nearest"),
     }
     RANGES: ClassVar[dict[str, tuple[str, str]]] = ProjectedConfig.RANGES | {
         "mag_scale": ("[0, 100]", "0.25 is usual, 0 keeps the magnitudes"),
@@ -243,16 +243,12 @@ class AdapterConfig(BasisConfig):
     """Methods that train factors of low rank beside a matrix that rests, and merge them into it."""
 
     mag_scale: float = 0.25  # the magnitudes run at lr * mag_scale
-    rounding: str = "stochastic"  # of bf16 matrices at a merge: stochastic | nearest
     merge_every: int | None = None  # steps between two merges; 0: never; None: as refresh_every
     core_rank: int | None = None  # of the factors' gradients; None: as rank
     detach_norm: bool = False  # the norm is a constant to the gradient, as in DoRA's cheap form
     normalize: bool = True  # False: W0 + I J, without magnitude
     project: bool = True  # False: Adam on the whole gradients of the factors
 
-    CHOICES: ClassVar[dict[str, tuple[str, ...]]] = BasisConfig.CHOICES | {
-        "rounding": ("stochastic", "nearest"),
-    }
     RANGES: ClassVar[dict[str, tuple[str, str]]] = BasisConfig.RANGES | {
         "mag_scale": MagnitudeConfig.RANGES["mag_scale"],
         "merge_every": ("[0, 1e6]", "null merges with each new basis, 0 never"),
@@ -271,8 +267,6 @@ class AdapterConfig(BasisConfig):
             ignored |= dict.fromkeys(
                 ("core_rank", "finder", "transport", "basis_dtype", "growth_limit"), "project=false"
             )
-        if self.merge_every == 0:
-            ignored["rounding"] = "merge_every=0"
         if self.lift != "now":
             text = f"{self.name} keeps its factors beside the matrix as it is, and merges them; leave it out"
             found.append(("lift", (), text))

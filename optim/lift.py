@@ -59,8 +59,9 @@ def begin(u: Unit, wide: torch.dtype) -> None:
 
 
 def step_(u: Unit, n: Tensor, keep: Tensor | None, factor: Tensor | None, h: Tensor | None) -> None:
-    """C <- keep C + factor N and rho <- keep rho; keep 0-dim or of rows, None without decay. Rounded as W would
-    be: kernels.lift_."""
+    """C <- keep C + factor N, rho <- keep rho; keep 0-dim or of rows, None without decay. Rounded as W would
+    be: kernels.lift_.
+    """
     c = u.state["c"][: len(n)]
     if keep is None and (h is None or c.dtype != torch.bfloat16):
         c.add_(n)

@@ -198,13 +198,12 @@ def memory(e: Engine) -> list[str]:
         out += _adapters(e)
     if e.grouped:
         out += velora.lines(e)
-    rates = {(u.mag.rate, u.mag.stochastic) for u in e.units if u.mag}
-    for rate, stochastic in rates:
+    for rate in {u.mag.rate for u in e.units if u.mag}:
         lr = f"{e.param_groups[0]['lr'] * rate:.1e}".replace("e-0", "e-")
         out.append(f"rows      a magnitude and a direction each; magnitudes by adam, lr {lr}")
         out.append("          their gradient needs y: each layer's output is kept for backward")
-        if stochastic:
-            out.append("          matrices in bf16 are rounded stochastically")
+    if any(u.noise and u.param.dtype == torch.bfloat16 for u in e.units):
+        out.append("rounding  bf16 weights stochastically, at every update")
     if e.accum_steps > 1 and not e.bases and e.in_backward:
         whole = sum(math.prod(u.shape) * u.param.element_size() for u in e.units) / GIB
         out.append(f"gradients {whole:.2f} GiB are held over {e.accum_steps} micro-batches")

@@ -136,7 +136,6 @@ class Magnitude:
 
     rate: float  # its lr is group lr * rate
     rule: Adam
-    stochastic: bool  # rounding of bf16 weights
 
 
 @dataclass(eq=False)
@@ -154,6 +153,7 @@ class Unit:
     store: str  # fp32 | bf16 | int8
     mag: Magnitude | None = None  # None: W is trained as it is, not as magnitude and direction
     limit: float = 0.0  # of growth: growth.py; 0: none
+    noise: bool = False  # a bf16 parameter is rounded stochastically
     deferred: bool = False  # between refreshes updates gather beside W: lift.py
     adapter: Adapter | None = None  # whose factor or magnitude this is: its gradient arrives whole
     index: int = 0

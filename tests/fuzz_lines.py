@@ -85,11 +85,6 @@ CLASHES: list[tuple[list[str], str, bool]] = [
         False,
     ),
     (["optim=gradnormlorp_adapter", "optim.rank=4", "optim.core_rank=8"], "optim.core_rank=8", False),
-    (
-        ["optim=gradnormlorp_adapter", "optim.merge_every=0", "optim.rounding=nearest"],
-        "optim.rounding=nearest",
-        False,
-    ),
     (["optim=gradnormlorp_adapter", "optim.lift=auto"], "optim.lift=auto", False),
     (["optim=galore", "optim.lift=deferred", "optim.side=paper"], "optim.lift=deferred", False),
     (["optim=adarankgrad", "optim.transport=keep"], "optim.transport=keep", False),
@@ -121,7 +116,7 @@ def clash(place: Place, rng: random.Random) -> Case:
 OTHERS = {
     "adamw": "rank refresh_every side share finder growth_limit mag_scale merge_every".split(),
     "adamw_8bit": "rank transport basis_dtype normalize".split(),
-    "galore": "mag_scale rounding merge_every core_rank project".split(),
+    "galore": "mag_scale merge_every core_rank project".split(),
     "galore_sgd": "mag_scale normalize detach_norm".split(),
     "gradnormlorp": "merge_every core_rank project normalize".split(),
     "gradnormlorp_adapter_8bit": "side share".split(),
@@ -278,6 +273,7 @@ def valid(place: Place, rng: random.Random, name: str) -> list[str]:
         "optim.eps": ["1e-6", "1"],
         "optim.decay": ["0", "0.1", "1"],
         "optim.moments": ["fp32", "bf16", "int8"],
+        "optim.rounding": ["stochastic", "nearest"],
         "optim.schedule": ["cosine", "linear", "constant"],
         "optim.warmup": ["0", "0.5", "1"],
         "optim.update": ["null", "after", "in_backward"],
@@ -318,7 +314,7 @@ def valid(place: Place, rng: random.Random, name: str) -> list[str]:
     if method == "galore_sgd":
         del pick["optim.transport"], pick["optim.moments"]  # it has no moments in a basis
     if method.startswith("gradnormlorp"):
-        pick |= {"optim.mag_scale": ["0", "0.25", "1"], "optim.rounding": ["stochastic", "nearest"]}
+        pick["optim.mag_scale"] = ["0", "0.25", "1"]
     if "adapter" in method:
         pick |= {"optim.merge_every": ["null", "1", "3"], "optim.detach_norm": ["true", "false"]}
     elif not method.startswith("adamw"):

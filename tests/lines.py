@@ -14,7 +14,7 @@ PROJECTED_INTS = ["optim.rank", "optim.refresh_every"]
 FLOATS = [f"optim.{k}" for k in "lr scale beta1 beta2 eps decay clip warmup min_lr_ratio".split()]
 FLOATS += ["activations.checkpoint", "save_minutes", "data.cache_gib"]
 NOT_NULL = [k for k in INTS if k != "steps"] + [k for k in FLOATS if k != "optim.lr"]
-NOT_NULL += [f"optim.{k}" for k in "moments clip_mode refresh finder side share transport".split()]
+NOT_NULL += [f"optim.{k}" for k in "moments rounding clip_mode refresh finder side share transport".split()]
 OPTIONS = {group: group_options(group) for group in GROUPS}
 # What a source needs beside its name.
 NEEDS = {"local": ["data.train=a.txt", "data.validation=b.txt"], "tokens": ["data.train=folder"]}
@@ -41,6 +41,7 @@ OUTSIDE = {
     "optim.min_lr_ratio": ["-0.01", "1.01", "nan"],
     "optim.moments": ["int4", "fp16", "FP32", "8bit"],
     "optim.embed_moments": ["bf16", "int8", "none"],
+    "optim.rounding": ["stochastik", "up", "none"],
     "optim.clip_mode": ["exakt", "global", "lagged"],
     "optim.update": ["before", "in_step", "inbackward"],
     "optim.growth_limit": ["-1", "0.5", "nan", "1001"],
@@ -69,7 +70,7 @@ OUTSIDE = {
 # Names of settings that do not exist yet, and of other programs.
 UNBUILT = (
     "graphs plan rewind trace activations.velora "
-    "optim.lifts optim.rounding optim.mag_scale optim.weight_decay "
+    "optim.lifts optim.mag_scale optim.weight_decay "
     "model.hidden batch_size max_steps data.shuffle run.id"
 ).split()
 

@@ -299,7 +299,6 @@ def test_what_cannot_be_is_refused():
             {"project": False, "basis_dtype": "fp32"},
             r"optim\.basis_dtype=fp32: would be .* optim\.project=false",
         ),
-        ({"merge_every": 0, "rounding": "nearest"}, r"optim\.rounding=nearest: .* optim\.merge_every=0"),
     ):
         with pytest.raises(ValueError, match=text):
             single(**settings)
@@ -308,6 +307,20 @@ def test_what_cannot_be_is_refused():
     attach(model, "gradnormlorp_adapter", lr=1e-2, rank=4)
     with pytest.raises(ValueError, match=r"0\.weight: 1 of 12 rows are zero"):
         model(torch.randn(2, 20, dtype=torch.float64))
+
+
+@kills("optim/adapter.py", "if self.units[0].noise else None", "if not self.units[0].noise else None")
+def test_a_merge_is_rounded_as_weights_are():
+    """By a sixteenth of the distance of bf16 numbers there: as many of 4096 take a whole one, or none."""
+    for rounding, share in (("stochastic", 1 / 16), ("nearest", 0)):
+        model, opt, a = single(torch.bfloat16, 64, 64, rounding=rounding)
+        with torch.no_grad():
+            model[0].weight.fill_(1.5)
+            a.i.fill_(2.0**-6)
+            a.j.fill_(2.0**-7)
+        a.merge(50, opt.scalars)
+        rose = (model[0].weight.float() - 1.5) * 2**7
+        assert a.merges == 1 and abs(rose.mean() - share) <= 5 * (share * (1 - share) / 4096) ** 0.5
 
 
 @pytest.mark.parametrize("rounding", ["stochastic", "nearest"])

@@ -214,7 +214,7 @@ def test_methods_are_the_group_files() -> None:
         cfg = parse([f"optim={name}"])
         assert cfg.optim.name == name and cfg.optim.moments == ("int8" if "8bit" in name else "fp32")
         assert isinstance(cfg.optim, BasisConfig) == (name not in ("adamw", "adamw_8bit"))
-        assert cfg.run.name == f"llama_60m_{name}_0"
+        assert cfg.run.name == f"llama_60m_{name}_0" and cfg.optim.rounding == "stochastic"
         assert cfg.check() == []
     every = [
         parse(["optim=gradnormlorp", *more]).resolved().optim for more in ([], ["optim.refresh_every=null"])
@@ -317,6 +317,7 @@ CLASHES = [
     (["optim=galore", "optim.clip_mode=per_layer"], "optim.clip_mode=per_layer: would be ignored ", ""),
     (["optim.embed_moments=fp32"], "optim.embed_moments=fp32: would change nothing ", "bf16 or int8 there"),
     (["optim=galore", "optim.embed_moments=int8"], "optim.embed_moments=int8: ", "choose fp32 or null"),
+    (["optim.rounding=up"], "optim.rounding=up: no such choice; ", "choose stochastic or nearest"),
     (["optim.clip_mode=projected"], "optim.clip_mode=projected: ", "choose exact, two_pass or off"),
     (["optim=galore", "optim.clip_mode=exact"], "optim.clip_mode=exact: ", "projected, per_layer or off"),
     (["optim=galore", "optim.basis_dtype=int8"], "optim.basis_dtype=int8: ", "choose bf16, fp32 or null"),
@@ -341,6 +342,7 @@ def test_settings_that_do_not_go_together(argv: list[str], start: str, end: str)
         ["optim.clip_mode=off"],
         ["optim.clip=1", "optim.clip_mode=two_pass", "optim.update=in_backward"],
         ["optim=adamw_8bit", "optim.embed_moments=fp32"],
+        ["optim=gradnormlorp_adapter", "optim.merge_every=0", "optim.rounding=nearest"],
         ["optim=galore", "optim.moments=bf16", "optim.embed_moments=fp32"],
         ["optim=galore", "optim.clip=1", "optim.clip_mode=projected", "optim.update=after"],
         ["optim=galore", "optim.side=output", "optim.basis_dtype=fp32", "optim.rank=65536"],
@@ -447,7 +449,7 @@ def test_defaults_at_their_borders() -> None:
 def test_what_may_change_on_resume() -> None:
     may = """steps micro_batch eval_every optim.lr optim.warmup optim.schedule optim.min_lr_ratio optim.clip
         optim.clip_mode optim.update optim.refresh_every optim.finder activations.checkpoint
-        activations.recompute optim.scale
+        activations.recompute optim.scale optim.rounding
         optim.beta1 optim.moments optim.embed_moments optim.refresh optim.transport save_minutes""".split()
     may_not = """seed seq_len optim.name optim.rank optim.side optim.share optim.basis_dtype
         model.hidden_size tokens_per_step weights data.train activations.layers activations.group

@@ -62,9 +62,11 @@ def run(script, **env):
 @kills("kernels/norms.py", "line[:, None] * stride", "line[:, None] * cols")
 @kills("kernels/norms.py", "total += x * x", "total = x * x")
 @kills("kernels/norms.py", "part, tl.sum(total)", "0 * part, tl.sum(total)")
-@kills("kernels/rows.py", "tl.load(row + 5) + APART", "tl.load(row + 5)")
-@kills("kernels/rows.py", "(x.to(tl.int32, bitcast=True) + noise)", "x.to(tl.int32, bitcast=True)")
+@kills("kernels/rows.py", "tl.load(row + 5) + OWN", "tl.load(row + 5)")
+@kills("kernels/rows.py", "x = stochastic(x, at, tl.load(row + 4), tl.load(row + 5) + OWN)", "pass")
 @kills("kernels/rows.py", "keep_ptr + line", "keep_ptr + 0 * line")
+@kills("kernels/rows.py", "w = w * tl.load(keep_ptr)", "pass")
+@kills("kernels/rows.py", '"rows" if keep.ndim else "one"', '"rows"')
 @kills("kernels/rows.py", "tl.load(sums_ptr + rows + at, mask=mask", "tl.load(sums_ptr + at, mask=mask")
 @kills("kernels/rows.py", "- tl.load(row) * direction * rate", "- tl.load(row) * direction")
 @kills("kernels/rows.py", "line.to(tl.int64)[:, None] * stride", "line.to(tl.int64)[:, None] * cols")
@@ -74,11 +76,27 @@ def run(script, **env):
 @kills("kernels/rescale.py", "tl.where((x > 0) & (code == ZERO), code + 1, code)", "code")
 @kills("kernels/rescale.py", "ratio * ratio if second", "ratio if second")
 @kills("kernels/rescale.py", 'ratio = state["d"] / d', 'ratio = d / state["d"]')
+@kills("kernels/adam.py", "tl.load(row + 5) + OWN", "tl.load(row + 5)")
+@kills(
+    "kernels/adam.py",
+    "tl.where(x == x, noisy.to(tl.float32, bitcast=True), x)",
+    "noisy.to(tl.float32, bitcast=True)",
+)
+@kills("kernels/adam.py", "NOISE=noise and ws[0].dtype == torch.bfloat16", "NOISE=noise")
+@kills("kernels/adam.py", "NOISE=noise and ws[0].dtype == torch.bfloat16", "NOISE=False")
+@kills("kernels/grouped.py", "stochastic(w, element, tl", "stochastic(w, at, tl")
+@kills("kernels/grouped.py", "tl.load(row + 5) + OWN", "tl.load(row + 5)")
+@kills("kernels/grouped.py", "NOISE=h is not None", "NOISE=False")
+@kills(
+    "kernels/dispatch.py",
+    "table, tiles, beta1, beta2, eps, noise)",
+    "table, tiles, beta1, beta2, eps, False)",
+)
 @kills("kernels/adam.py", "WHOLE=even and rows % blocks == 0", "WHOLE=even")
 @kills("kernels/adam.py", "WHOLE=even and rows % blocks == 0", "WHOLE=rows % blocks == 0")
 def test_interpreted_kernels_equal_the_reference():
     code, out = run("interpreted.py", TRITON_INTERPRET="1")
-    assert code == 0 and out.count("ok ") == 72, out
+    assert code == 0 and out.count("ok ") == 78, out
 
 
 @kills(
@@ -91,7 +109,7 @@ def test_interpreted_kernels_equal_the_reference():
 @kills("kernels/norms.py", "cols, stride = tl.multiple_of(cols, 8), tl.multiple_of(stride, 8)", "pass")
 def test_kernels_compile_for_five_cards(tmp_path):
     code, out = run("compiled.py", TRITON_CACHE_DIR=str(tmp_path))
-    assert code == 0 and out.count("ok ") == 365, out
+    assert code == 0 and out.count("ok ") == 440, out
 
 
 BETAS = (0.9, 0.999, 1e-8)
@@ -149,15 +167,16 @@ STORES = ("fp32", "bf16", "int8")
 @kills("kernels/reference.py", "stored.copy_(torch.where(ok > 0, value, stored))", "stored.copy_(value)")
 @kills("kernels/reference.py", "-h[Column.LR] * direction, 0.0)", "-h[Column.LR] * direction, direction)")
 @kills("kernels/reference.py", "torch.where(h[Column.OK] > 0, new, w.to(wide))", "new")
+@pytest.mark.parametrize("noise", [False, True])
 @pytest.mark.parametrize("store", STORES)
-def test_reference_skips_whole(store):
-    ws, gs, states, table, plan = tensors(store)
+def test_reference_skips_whole(store, noise):
+    ws, gs, states, table, plan = tensors(store, dtype=torch.bfloat16 if noise else torch.float32)
     before = {name: t.clone() for name, t in states[0].items()}
     table[0, Column.OK] = 0
     gs[0][1, 2] = float("nan")
-    kernels.adam_(ws, gs, states, table, plan, *BETAS, impl="ref")
+    kernels.adam_(ws, gs, states, table, plan, *BETAS, noise, impl="ref")
     n = kernels.adam_direction(gs[0], states[0], table[0], *BETAS, torch.float32, impl="ref")
-    assert torch.equal(ws[0], torch.ones(2, 5)) and torch.equal(n, torch.zeros(2, 5))
+    assert torch.equal(ws[0], torch.ones_like(ws[0])) and torch.equal(n, torch.zeros(2, 5))
     assert all(torch.equal(t, before[name]) for name, t in states[0].items())
 
 

@@ -9,6 +9,7 @@ from torch import nn
 import kernels
 from optim import attach
 from optim.rules.adam import Adam
+from optim.rules.sgd import Sgd
 from tests.mutants import kills
 
 
@@ -255,6 +256,104 @@ def test_stochastic_rounding_is_unbiased_and_a_function_of_the_seed():
     assert torch.equal(
         kernels.stochastic_bf16(special, torch.tensor(1.0), torch.tensor(0.0)).float(), special
     )
+
+
+def sixteenth(kind, w, t, noise):
+    """w, of numbers in [1, 2), falls by 2^-11: a sixteenth of the distance between those in bf16."""
+    h = torch.tensor([2.0**-11, 1, 1, 1, t, 3, 1, 1])
+    if kind == "grouped":
+        parts = torch.stack([w.new_full((64, 16), -h[0], dtype=h.dtype), h.new_ones(64, 16)])
+        kernels.grouped_(w, parts, w.new_full((4,), 0.5), 0.0, None, h if noise else None)
+        return
+    rule = Adam(0.0, 0.0, 0.0) if kind == "adam" else Sgd()
+    state = rule.begin("fp32", w.shape, w.device, h.dtype)
+    rule.update_([w], [torch.ones_like(w)], [state], h[None], None, noise)
+
+
+@kills("kernels/reference.py", "new, w.to(wide)), h if noise else None)", "new, w.to(wide)), None)")
+@kills("kernels/reference.py", "u.flatten(1), h)", "u.flatten(1), None)")
+@kills(
+    "kernels/reference.py", "h[Column.T], h[Column.INDEX] + APART", "h[Column.LR], h[Column.INDEX] + APART"
+)
+@kills("kernels/dispatch.py", "table[n], beta1, beta2, eps, noise)", "table[n], beta1, beta2, eps)")
+@kills("optim/rules/adam.py", "self.eps, noise)", "self.eps, False)")
+@kills("optim/rules/adam.py", "self.eps, noise)", "self.eps, True)")
+@kills("optim/rules/rule.py", "new, h if noise else None)", "new, None)")
+@kills("optim/rules/rule.py", "new, h if noise else None)", "new, h)")
+@pytest.mark.parametrize("kind", ["adam", "sgd", "grouped"])
+def test_small_updates_add_up_unless_rounded_to_nearest(kind):
+    """64 of a sixteenth: 4 on average, with a deviation of (64 * 1/16 * 15/16)^0.5, each number by itself."""
+    w, still = (torch.full((64, 64), 1.5).bfloat16() for _ in range(2))
+    for t in range(1, 65):
+        sixteenth(kind, w, t, True)
+        sixteenth(kind, still, t, False)
+    assert torch.equal(still, torch.full_like(still, 1.5))
+    fell, deviation = (1.5 - w.float()) * 2**7, (64 * 15 / 256) ** 0.5
+    assert abs(fell.mean() - 4) < 5 * deviation / 4096**0.5
+    assert abs(fell.std() / deviation - 1) < 5 / (2 * 4096) ** 0.5
+
+
+@kills("kernels/reference.py", "h[Column.INDEX] + APART", "h[Column.INDEX]")
+def test_a_weight_has_random_bits_of_its_own():
+    """Not those of its second moment, of the same update and index; by place, however its rows lie."""
+    x, h = torch.rand(64, 30) + 1, torch.tensor([0.0, 1, 1, 1, 5, 7, 1, 1])
+    w, apart = torch.empty(64, 30).bfloat16(), torch.empty(64, 33).bfloat16()[:, :30]
+    for t in (w, apart):
+        kernels.write_(t, x, h)
+    moment = kernels.stochastic_bf16(x.flatten(), h[4], h[5]).view(64, 30)
+    assert torch.equal(w, apart) and 0.2 < (w != moment).float().mean() < 0.5  # independent: a third
+
+
+def drift(dtype, rounding, updates=300):
+    """By parameter: how far updates of 2^-14 took it on average, over what they sum to; five standard
+    deviations of that."""
+    model = small(dtype)
+    opt = attach(model, "adamw", lr=2.0**-14, rounding=rounding)
+    g = torch.Generator().manual_seed(2)
+    signs = [torch.randn(p.shape, generator=g).sign().to(dtype) for p in model.parameters()]
+    start = [p.detach().clone() for p in model.parameters()]
+    for _ in range(updates):
+        sum((p * s).sum() for p, s in zip(model.parameters(), signs, strict=True)).backward()
+        opt.step()
+        opt.zero_grad()
+    went, sigma = {}, {}
+    for (name, p), w, s in zip(model.named_parameters(), start, signs, strict=True):
+        p = p.detach()
+        went[name] = float(((w - p) * s).float().mean()) / (updates * 2.0**-14)
+        unit = 2.0 ** (torch.floor(torch.log2(torch.maximum(w.abs(), p.abs()).max())) - 7)
+        sigma[name] = 5 * float(unit / (p.numel() * updates * 2.0**-14)) ** 0.5
+    return went, sigma, model
+
+
+@kills("optim/attach.py", 'u.noise = cfg.rounding == "stochastic"', "u.noise = False")
+@kills("optim/attach.py", 'u.noise = cfg.rounding == "stochastic"', "u.noise = True")
+@kills("optim/landing.py", "self._plans[key], noise)", "self._plans[key], False)")
+def test_every_bf16_weight_follows_a_low_rate():
+    """Embedding, matrices, biases, gains, head; to nearest gains of 1 stay, and matrices lose most of it."""
+    went, sigma, _ = drift(torch.bfloat16, "stochastic")
+    lost, _, _ = drift(torch.bfloat16, "nearest")
+    assert len(went) == 8 and max(sigma.values()) < 0.7
+    for name, share in went.items():
+        assert abs(share - 1) < sigma[name], (name, share)
+        assert lost[name] < 0.6 or "bias" in name, (name, lost[name])
+    assert lost["layers.1.weight"] == 0
+
+
+def test_fp32_weights_are_rounded_one_way():
+    (_, _, one), (_, _, other) = (drift(torch.float32, r, 5) for r in ("stochastic", "nearest"))
+    assert torch.equal(weights(one), weights(other))
+
+
+@kills("optim/memory.py", "u.noise and u.param.dtype == torch.bfloat16", "u.noise")
+@kills("optim/memory.py", "u.noise and u.param.dtype == torch.bfloat16", "u.param.dtype == torch.bfloat16")
+def test_the_table_says_how_weights_are_rounded():
+    said = {
+        (dtype, rounding): "rounding  bf16 weights stochastically"
+        in attach(small(dtype), "adamw", rounding=rounding).table()
+        for dtype in (torch.bfloat16, torch.float32)
+        for rounding in ("stochastic", "nearest")
+    }
+    assert [key for key, found in said.items() if found] == [(torch.bfloat16, "stochastic")]
 
 
 @kills("kernels/reference.py", "return m / h[Column.FIX1]", "return m")

@@ -67,6 +67,7 @@ ACCEPTED = {
     "optim.refresh=together": "",
     "optim.finder=svd": "",
     "optim.transport=reset": "",
+    "optim.rounding=nearest": "",
     "optim.lift=deferred": "",
     "activations.checkpoint=0.5": "",
     "activations.recompute=down": "",

@@ -424,6 +424,27 @@ def test_keeps_what_the_formula_says():
     assert low - less == count * (4 + 16 - 6) and "down: 6 numbers a token instead of 20" in text
 
 
+@pytest.mark.parametrize("rounding", ["stochastic", "nearest"])
+@kills("optim/unit.py", "w, noise = self.w, h if self.noise else None", "w, noise = self.w, None")
+@kills("optim/unit.py", "w, noise = self.w, h if self.noise else None", "w, noise = self.w, h")
+@kills("optim/unit.py", "n, self.q.qs, eps, keep, noise)", "n, self.q.qs, eps, keep, None)")
+def test_bf16_weights_follow_a_low_rate(rounding):
+    """64 updates of a sixteenth of the distance of bf16 numbers there: 4 on average, or none."""
+    block = nn.ModuleDict({"v_proj": nn.Linear(32, 64, bias=False)})
+    model, x = nn.Sequential(block).bfloat16(), torch.ones(2, 32).bfloat16()
+    layer = block["v_proj"]
+    layer.weight.data.fill_(1.5)
+    opt = attach(model, "adamw", lr=2.0**-11, velora=Velora(["v"], 4), rounding=rounding)
+    with opt.observing():
+        layer(x)
+    for _ in range(64):
+        layer(x).sum().backward()
+        opt.step()
+        opt.zero_grad()
+    fell, sigma = (1.5 - layer.weight.float()) * 2**7, (64 * 15 / 256 / 2048) ** 0.5
+    assert abs(fell.mean() - 4) < 5 * sigma if rounding == "stochastic" else not fell.any()
+
+
 @pytest.mark.parametrize("method", ["adamw", "galore_8bit", "gradnormlorp_8bit", "galore_sgd"])
 @kills("optim/memory.py", 'add("directions", b.m, b.qs.dtype)', 'add("directions", b.r, b.qs.dtype)')
 @kills("optim/unit.py", "self.q and not self.grouped and self.store", "self.q and self.store")

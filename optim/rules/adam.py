@@ -46,5 +46,6 @@ class Adam(Rule):
         states: list[dict[str, Tensor]],
         table: Tensor,
         plan: Any,
+        noise: bool,
     ) -> None:
-        kernels.adam_(ws, gs, states, table, plan, self.beta1, self.beta2, self.eps)
+        kernels.adam_(ws, gs, states, table, plan, self.beta1, self.beta2, self.eps, noise)

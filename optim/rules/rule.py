@@ -92,8 +92,10 @@ class Rule:
         states: list[dict[str, Tensor]],
         table: Tensor,  # (n, 8) kernels.Column
         plan: Any,  # kernels.plan(ws, states)
+        noise: bool,  # bf16 weights are rounded stochastically: kernels.write_
     ) -> None:
         """Dense parameters: W <- keep W - lr * direction."""
         for w, g, state, h in zip(ws, gs, states, table, strict=True):
             new = w.to(h.dtype) * h[kernels.Column.KEEP] + self.step_(g, state, h, h.dtype)
-            w.copy_(torch.where(h[kernels.Column.OK] > 0, new, w.to(h.dtype)))
+            new = torch.where(h[kernels.Column.OK] > 0, new, w.to(h.dtype))
+            kernels.write_(w, new, h if noise else None)

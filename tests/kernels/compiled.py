@@ -40,11 +40,11 @@ def check(kernel, arguments, constants, warps, aligned, card, what):
 
 
 def cases():
-    for weight, moment in adam.VARIANTS:
-        kinds = {"WEIGHT": adam.DTYPES[weight], "MOMENT": adam.DTYPES[moment]}
+    for weight, moment, noise in adam.VARIANTS:
+        kinds = {"WEIGHT": adam.DTYPES[weight], "MOMENT": adam.DTYPES[moment], "NOISE": noise}
         kinds |= {"BLOCKS": adam.DENSE_TILE // adam.QUANT, "WIDTH": adam.QUANT}
         arguments = {"addresses": "*i64", "tiles": "*i32", "table": "*fp32"} | BETAS
-        yield adam.adam_kernel, arguments, kinds, adam.DENSE_WARPS, [], f"adam {weight} {moment}"
+        yield adam.adam_kernel, arguments, kinds, adam.DENSE_WARPS, [], f"adam {weight} {moment} {noise}"
     for grad, out, moment, scaled in adam.DIRECTION_VARIANTS:
         pointers = {"g_ptr": grad, "n_ptr": out, "m_ptr": moment, "row": torch.float32}
         arguments = {name: f"*{TYPES[dtype]}" for name, dtype in pointers.items()}
@@ -77,14 +77,17 @@ def cases():
         constants |= {"EVEN": True, "WHOLE": True, "BLOCKS": adam.TILE // 128, "WIDTH": 128}
         aligned = [n for n in arguments if n not in BETAS and n != "rows"]
         yield adam.direction_kernel, arguments, constants, adam.WARPS, aligned, f"parts {grad} {moment}"
-    for (weight, direction), (size, decay) in itertools.product(grouped.VARIANTS, ((32, False), (43, True))):
+    for (weight, direction, noise), (size, decay) in itertools.product(
+        grouped.VARIANTS, ((32, False), (43, True))
+    ):
         arguments = {"w_ptr": f"*{TYPES[weight]}", "parts_ptr": "*fp32", "d_ptr": f"*{TYPES[direction]}"}
         arguments |= {"rows": "i32", "cols": "i32", "stride": "i32", "eps": "fp32"}
-        constants = {"DECAY": decay, "SIZE": size, "EVEN": size == 32, "WIDTH": grouped.LANES}
+        constants = {"DECAY": decay, "NOISE": noise, "SIZE": size, "EVEN": size == 32, "WIDTH": grouped.LANES}
         constants["BLOCKS"] = adam.TILE // grouped.LANES
-        (arguments if decay else constants)["keep_ptr"] = "*fp32" if decay else None
+        for name, given in (("keep_ptr", decay), ("row", noise)):
+            (arguments if given else constants)[name] = "*fp32" if given else None
         aligned = ["w_ptr", "parts_ptr", "d_ptr", "cols", "stride"] if size == 32 else None
-        what = f"grouped {weight} {direction} {size} {'decay' if decay else ''}"
+        what = f"grouped {weight} {direction} {size} {'decay ' if decay else ''}{noise}"
         yield grouped.grouped_kernel, arguments, constants, adam.WARPS, aligned, what
     for dtype, aligned in itertools.product(norms.DTYPES, (True, False)):
         constants = {"DTYPE": norms.DTYPES[dtype], "ALIGNED": aligned, "BLOCKS": norms.BLOCKS}
@@ -108,7 +111,7 @@ def cases():
     ends = (("rows", True, True), ("rows", True, False), ("none", False, True), ("one", False, False))
     for dtype, whole, (keep, factor, stochastic) in itertools.product(norms.DTYPES, (True, False), ends):
         arguments = dict.fromkeys(("w_ptr", "p_ptr"), f"*{TYPES[dtype]}") | {"rows": "i32", "cols": "i32"}
-        constants = {"KEEP": keep, "FACTOR": factor, "STOCHASTIC": stochastic, "APART": rows.APART}
+        constants = {"KEEP": keep, "FACTOR": factor, "STOCHASTIC": stochastic}
         constants |= {"EVEN": whole, "BLOCKS": adam.TILE // rows.LANES, "WIDTH": rows.LANES}
         for name, given in (("keep_ptr", keep != "none"), ("factor_ptr", factor), ("row", stochastic)):
             (arguments if given else constants)[name] = "*fp32" if given else None

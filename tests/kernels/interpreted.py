@@ -111,7 +111,7 @@ class Worst(dict):
         off = (a.int() - b.int()).abs().max().item() if codes else ulps(a, b, before)
         self[name] = max(self.get(name, 0), off)
         self.ok &= off <= allowed(b.dtype) and intact(a)
-        if codes or name == "v" and b.dtype == torch.bfloat16:
+        if codes or name in ("v", "noisy") and b.dtype == torch.bfloat16:
             self.differ += int((a != b).sum())
             self.count += b.numel()
 
@@ -130,8 +130,9 @@ def report(ok, *what):
     print("ok " if ok else "BAD", *what)
 
 
-def dense(kinds, seed):
-    """All of DENSE in one call, the kinds (weights, moments) in turn."""
+def dense(kinds, seed, noise):
+    """All of DENSE in one call, the kinds (weights, moments) in turn. A moment that is the hardware's NaN
+    makes a NaN, however that is rounded."""
     g = torch.Generator().manual_seed(seed)
     kind = [kinds[n % len(kinds)] for n in range(len(DENSE))]
     ws = [guarded(torch.randn(s, generator=g).to(k[0])) for s, k in zip(DENSE, kind, strict=True)]
@@ -141,18 +142,27 @@ def dense(kinds, seed):
     table[list(SKIPPED), Column.OK] = 0
     for n in SKIPPED:
         gs[n].view(-1)[-1] = float("nan")
+    nan = torch.tensor(0x7FFFFFFF, dtype=torch.int32).view(torch.float32)
+    broken = [n for n, s in enumerate(states) if n not in SKIPPED and s["m"].dtype == torch.float32][-1:]
+    for n in broken:
+        states[n]["m"].view(-1)[-1] = nan
     before = [w.clone() for w in ws], copies(states)
     ref = [w.clone() for w in ws], copies(states)
-    adam_(ws, gs, states, table, plan(ws, states), *BETAS, impl="triton")
-    adam_(ref[0], gs, ref[1], table, None, *BETAS, impl="ref")
+    adam_(ws, gs, states, table, plan(ws, states), *BETAS, noise, impl="triton")
+    adam_(ref[0], gs, ref[1], table, None, *BETAS, noise, impl="ref")
     worst, ok = Worst(), True
+    for n in broken:
+        for t in (ws[n], ref[0][n], states[n]["m"], ref[1][n]["m"]):
+            ok &= t.isnan().sum().item() == 1 and bool(t.view(-1)[-1].isnan())
+            t.view(-1)[-1] = 0
+        before[1][n]["m"].view(-1)[-1] = 0
     for n, w in enumerate(ws):
-        worst.compare("w", w, ref[0][n], before[0][n])
+        worst.compare("noisy" if noise else "w", w, ref[0][n], before[0][n])
         ok &= torch.equal(w, before[0][n]) == (n in SKIPPED)
         for name, t in states[n].items():
             worst.compare(name, t, ref[1][n][name], before[1][n][name])
             ok &= n not in SKIPPED or torch.equal(t, before[1][n][name])
-    report(worst.verdict() and ok, "adam", kinds, dict(worst))
+    report(worst.verdict() and ok, "adam", kinds, "stochastic" if noise else "", dict(worst))
 
 
 def direction(grad, out, moment, scaled):
@@ -198,8 +208,9 @@ def parts(grad, moment):
     report(worst.verdict() and ok, "parts", grad, moment, dict(worst))
 
 
-def grouped(weight, direction):
+def grouped(weight, direction, noise):
     """Rows and groups that no tile divides, with and without decay; parts of zeros change nothing."""
+    h = table_of(3)[2] if noise else None
     worst, ok, g = Worst(), True, torch.Generator().manual_seed(0)
     for rows, groups, size in ((1, 1, 1), (7, 3, 8), (33, 8, 43), (5, 64, 32)):
         whole = guarded(torch.randn(rows, groups * size + size % 2, generator=g).to(weight))
@@ -210,14 +221,15 @@ def grouped(weight, direction):
         both[1].abs_()
         for keep in (None, torch.tensor(0.99)):
             before, ref = w.clone(), w.clone()
-            grouped_(w, both, d, 0.3, keep, impl="triton")
-            grouped_(ref, both, d, 0.3, keep, impl="ref")
-            worst.compare("w", guarded(w), ref, before)
+            grouped_(w, both, d, 0.3, keep, h, impl="triton")
+            grouped_(ref, both, d, 0.3, keep, h, impl="ref")
+            worst.compare("noisy" if noise else "w", guarded(w), ref, before)
+            w.copy_(ref)
         ok &= intact(whole) and torch.equal(whole[:, groups * size :], last)
         before = w.clone()
-        grouped_(w, torch.zeros_like(both), d, 1e-8, None, impl="triton")
+        grouped_(w, torch.zeros_like(both), d, 1e-8, None, h, impl="triton")
         ok &= torch.equal(w, before)
-    report(worst.verdict() and ok, "grouped", weight, direction, dict(worst))
+    report(worst.verdict() and ok, "grouped", weight, direction, "stochastic" if noise else "", dict(worst))
 
 
 def norms(dtype, aligned):
@@ -351,10 +363,11 @@ for dtype in (torch.float32, torch.bfloat16):
     for aligned in (True, False):
         norms(dtype, aligned)
         probed(dtype, aligned)
-for seed, kind in enumerate(VARIANTS):
-    dense([kind], seed)
-dense(VARIANTS, 7)
-dense([(torch.float32, torch.int8), (torch.float32, torch.float32)], 8)
+for seed, (*kind, noise) in enumerate(VARIANTS):
+    dense([kind], seed, noise)
+for noise in (False, True):
+    dense([kind for *kind, noisy in VARIANTS if not noisy], 10, noise)
+dense([(torch.float32, torch.int8), (torch.float32, torch.float32)], 11, True)
 for variant in DIRECTION_VARIANTS:
     direction(*variant)
 for variant in PARTS_VARIANTS:
