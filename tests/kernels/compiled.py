@@ -43,8 +43,9 @@ def cases():
     for weight, moment, noise in adam.VARIANTS:
         kinds = {"WEIGHT": adam.DTYPES[weight], "MOMENT": adam.DTYPES[moment], "NOISE": noise}
         kinds |= {"BLOCKS": adam.DENSE_TILE // adam.QUANT, "WIDTH": adam.QUANT}
+        what = f"adam {weight} {moment} {'stochastic' if noise else 'nearest'}"
         arguments = {"addresses": "*i64", "tiles": "*i32", "table": "*fp32"} | BETAS
-        yield adam.adam_kernel, arguments, kinds, adam.DENSE_WARPS, [], f"adam {weight} {moment} {noise}"
+        yield adam.adam_kernel, arguments, kinds, adam.DENSE_WARPS, [], what
     for grad, out, moment, scaled in adam.DIRECTION_VARIANTS:
         pointers = {"g_ptr": grad, "n_ptr": out, "m_ptr": moment, "row": torch.float32}
         arguments = {name: f"*{TYPES[dtype]}" for name, dtype in pointers.items()}
@@ -87,7 +88,8 @@ def cases():
         for name, given in (("keep_ptr", decay), ("row", noise)):
             (arguments if given else constants)[name] = "*fp32" if given else None
         aligned = ["w_ptr", "parts_ptr", "d_ptr", "cols", "stride"] if size == 32 else None
-        what = f"grouped {weight} {direction} {size} {'decay ' if decay else ''}{noise}"
+        what = f"grouped {weight} {direction} {size} {'decay ' if decay else ''}"
+        what += "stochastic" if noise else "nearest"
         yield grouped.grouped_kernel, arguments, constants, adam.WARPS, aligned, what
     for dtype, aligned in itertools.product(norms.DTYPES, (True, False)):
         constants = {"DTYPE": norms.DTYPES[dtype], "ALIGNED": aligned, "BLOCKS": norms.BLOCKS}
