@@ -141,7 +141,7 @@ def make_side(side: str, model: str, step: int, micro: int, folder: str, steps: 
 def settings(side: Ours) -> dict[str, Any]:
     """Of a row: what its speed and memory depend on."""
     o, opt = side.run.cfg.optim, side.run.opt
-    keys = ("refresh_every", "side", "share", "lift", "moments", "embed_moments")
+    keys = ("refresh_every", "side", "share", "lift", "rounding", "moments", "embed_moments")
     row = {k: getattr(o, k) for k in keys if hasattr(o, k)}
     if opt.bases:
         row["bases"] = str(opt.bases[0].qs.dtype).removeprefix("torch.")
