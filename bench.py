@@ -9,9 +9,9 @@
 
 By itself: galore_8bit and gradnormlorp_8bit beside our own adamw (moments bf16), then every peer beside our
 adamw, at 7B, where both would not fit, beside galore_8bit. What is in the record already, of this commit and
-card, is not measured again. `optim` names other methods, `peers` what stands beside them: adamw (ours),
-transformers, bitsandbytes, bitsandbytes_32bit, liger, liger_checkpointing, galore_torch,
-apollo_torch. Each peer is measured in a process of its own: Liger replaces what others run too.
+card, is not measured again. `optim` names other methods, `peers` what stands beside them: adamw (ours) or
+another of our methods, transformers, bitsandbytes, bitsandbytes_32bit, liger, liger_checkpointing,
+galore_torch, apollo_torch. Each peer is measured in a process of its own: Liger replaces what others run too.
 
 Bases are replaced every 200 steps, and the first round is in the timed blocks: in it 32 of 200 steps at 7b
 replace those of a block. Settings of one side follow it after a plus: optim=galore_8bit+optim.lift=deferred.
@@ -152,19 +152,16 @@ def settings(side: Ours) -> dict[str, Any]:
 def compare_methods(
     model: str, methods: str, peer: str, folder: str, pairs: int, tokens: int | None, parts: int, warm: int
 ) -> list[dict[str, Any]]:
-    """Methods beside one of PEERS, or our adamw with bf16 moments: a row each."""
+    """Methods beside one of PEERS or another method: a row each."""
     step, micro = sizes(model, tokens, parts)
     makers: dict[str, Any] = {
         name: partial(make_side, name, model, step, micro, folder) for name in methods.split(",")
     }
-    if peer == "adamw":
-        makers["peer"] = partial(make_side, "adamw", model, step, micro, folder)
-    else:
-        makers["peer"] = partial(Peer, peer, model, step, micro, folder)
+    makers["peer"] = partial(Peer if peer in PEERS else make_side, peer, model, step, micro, folder)
     rows = alternate(makers, step, pairs, warm)
     return [
         {"what": f"{model} {name}, {step} tokens a step", "micro_batches": parts, **row}
-        | {"peer": PEERS.get(peer, "our adamw, moments bf16")}
+        | {"peer": PEERS.get(peer, f"our {peer}" + (", moments bf16" if peer == "adamw" else ""))}
         for name, row in zip(makers, rows, strict=False)
     ]
 
@@ -399,6 +396,13 @@ def main(argv: list[str]) -> int:
         return limited(float(args["limit"]), [a for a in argv if not a.startswith("limit=")])
     if refused(argv, KEYS, __doc__):
         return 2
+    named = {key: [n for n in args.get(key, "").split(",") if n] for key in ("optim", "peers")}
+    known_as = {"optim": METHODS, "peers": {**METHODS, **PEERS}}
+    for key, names in named.items():
+        for name in names:
+            if name.partition("+")[0] not in known_as[key]:
+                print(f"{key}={name}: no such name; choose of {', '.join(known_as[key])}", file=sys.stderr)
+                return 2
     if not torch.cuda.is_available():
         print(f"{__doc__}\nThis needs an NVIDIA GPU, and torch sees none here.", file=sys.stderr)
         return 2
