@@ -62,6 +62,23 @@ def state(device: torch.device, rows: int, cols: int, store: str, scaled: bool =
     return found
 
 
+def history(device: torch.device, rows: int, cols: int) -> dict[str, Tensor]:
+    """Natural GaLore's state with its four last gradients in 8 bit; the next one goes in the second place."""
+    found = {
+        "history": torch.zeros(4, rows, cols, dtype=torch.int8, device=device),
+        "history_scale": torch.zeros(4 * rows, -(-cols // QUANT), device=device),
+        "gram": torch.zeros(4, 4, device=device),
+        "slot": torch.zeros(1, dtype=torch.int64, device=device),
+        "filled": torch.full((), 4, device=device),
+    }
+    one = torch.ones((), device=device)
+    for n in range(4):
+        g = random(device, rows, cols, dtype=torch.float32, seed=n + 1)
+        reference.push_(found, "history", found["slot"] + n, g, one, one, one)
+    found["slot"] += 1
+    return found
+
+
 def _adam(store: str) -> Case:
     def make(rows: int, cols: int, device: torch.device) -> dict[str, Any]:
         w, g = random(device, rows, cols), random(device, rows, cols, seed=1) * 1e-2
@@ -217,10 +234,47 @@ def _grouped() -> Case:
     return Case("grouped", make, call, lambda x: 2 * size(x["w"]) + size(x["parts"]))
 
 
+def _natural_dots() -> Case:
+    def make(rows: int, cols: int, device: torch.device) -> dict[str, Any]:
+        return {"g": random(device, rows, cols), "state": history(device, rows, cols), "h": row(device)}
+
+    def call(x: dict[str, Any], impl: Impl) -> Any:
+        return dispatch.natural_dots_(x["g"], x["state"], x["h"], impl=impl)
+
+    return Case("natural_dots", make, call, lambda x: size(x["g"], *x["state"].values()) + size(x["g"]) // 2)
+
+
+def _natural_weights() -> Case:
+    def make(rows: int, cols: int, device: torch.device) -> dict[str, Any]:
+        own, g = history(device, 8, 32), random(device, 4, 64, dtype=torch.float32)
+        own["gram"] = g @ g.t()
+        return {"dots": own["gram"][1:3].contiguous(), "state": own, "h": row(device)}
+
+    def call(x: dict[str, Any], impl: Impl) -> Any:
+        return dispatch.natural_weights_(x["dots"], x["state"], x["h"], 1.0, impl=impl)
+
+    return Case("natural_weights", make, call, lambda x: size(x["dots"], x["state"]["gram"]))
+
+
+def _natural_mix() -> Case:
+    def make(rows: int, cols: int, device: torch.device) -> dict[str, Any]:
+        w = torch.tensor([0.1, 0.7, -0.2, 0.05], device=device)
+        place = torch.ones(1, dtype=torch.int64, device=device)
+        return {"g": random(device, rows, cols), "state": history(device, rows, cols), "w": w} | {
+            "place": place, "h": row(device),
+        }  # fmt: skip
+
+    def call(x: dict[str, Any], impl: Impl) -> Any:
+        return dispatch.natural_mix(x["g"], x["state"], x["w"], x["place"], x["h"], impl=impl)
+
+    return Case("natural_mix", make, call, lambda x: 3 * size(x["g"]) + size(x["state"]["history"]))
+
+
 CASES = {
     c.name: c
     for c in (
         *map(_adam, STORES), *map(_direction, STORES), _rescale(), _squares(), _probe(), _cross_entropy(),
         _rows(), _tangent(), _row_sums(), _magnitude(), _parts(), _grouped(),
+        _natural_dots(), _natural_weights(), _natural_mix(),
     )
 }  # fmt: skip

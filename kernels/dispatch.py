@@ -211,6 +211,45 @@ def magnitude_(
     return rows.launch_magnitude(state, s, sums, h, rate, beta1, beta2, eps, least)
 
 
+def natural_dots_(g: Tensor, state: State, h: Tensor, impl: Impl = "auto") -> Tensor:
+    """reference.natural_dots_, same arguments: (2, s) products; g is pushed."""
+    if _choose_natural(g, state, h, impl) == "ref":
+        return reference.natural_dots_(g, state, h)
+    from . import natural
+
+    return natural.launch_dots(g, state, h)
+
+
+def natural_weights_(
+    dots: Tensor, state: State, h: Tensor, damping: float, impl: Impl = "auto"
+) -> tuple[Tensor, Tensor, Tensor]:
+    """reference.natural_weights_, same arguments: w (s,), place (1,), h for the update."""
+    problem = "sums whose rows are not contiguous" if dots.stride(1) != 1 else ""
+    problem = f"dtype {dots.dtype} of the sums" if dots.dtype != torch.float32 else problem
+    if choose([state["gram"], h], impl, (torch.float32,), problem) == "ref":
+        return reference.natural_weights_(dots, state, h, damping)
+    from . import natural
+
+    return natural.launch_weights(dots, state, h, damping)
+
+
+def natural_mix(g: Tensor, state: State, w: Tensor, place: Tensor, h: Tensor, impl: Impl = "auto") -> Tensor:
+    """reference.natural_mix, same arguments: g~, fp32."""
+    if _choose_natural(g, state, h, impl) == "ref":
+        return reference.natural_mix(g, state, w, place, h)
+    from . import natural
+
+    return natural.launch_mix(g, state, w, place, h)
+
+
+def _choose_natural(g: Tensor, state: State, h: Tensor, impl: Impl) -> str:
+    problem = ""
+    if g.dtype not in FLOATS or g.ndim != 2 or g.stride(1) != 1 or not g.numel():
+        problem = f"{g.dtype} gradients of {g.ndim} dimensions, or whose rows are not contiguous,"
+    tensors = [h, *(state[k] for k in ("history", "history_scale", "d") if k in state)]
+    return choose(tensors, impl, (*FLOATS, torch.int8), problem)
+
+
 def squares(
     tensors: list[Tensor],  # any shapes; not contiguous: (rows, cols) with contiguous rows, for Triton
     dtype: torch.dtype,  # of the sums: fp32 or float64

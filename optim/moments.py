@@ -19,7 +19,7 @@ from torch import Tensor
 from . import kernels
 
 STORES = ("fp32", "bf16", "int8")
-load, save_ = kernels.load, kernels.save_
+load, save_, push_ = kernels.load, kernels.save_, kernels.push_
 
 
 def wide(dtype: torch.dtype) -> torch.dtype:
@@ -47,24 +47,3 @@ def init(
             dtype = torch.bfloat16 if store == "bf16" else wide
             state[name] = torch.zeros(tuple(shape), dtype=dtype, device=device)
     return state
-
-
-def push_(
-    state: dict[str, Tensor],
-    name: str,
-    slot: Tensor,  # (1,) int64, on the device
-    value: Tensor,  # of the shape of state[name][0], fp32 or float64
-    ok: Tensor,  # () nothing changes where it is 0
-    t: Tensor,  # () as of save_
-    index: Tensor,
-) -> None:
-    """state[name][slot] <- value, rounded to its store. state[name] is signed, with a leading dimension."""
-    stacked = state[name]
-    parts = {name: stacked}
-    if f"{name}_scale" in state:
-        scales = state[f"{name}_scale"]
-        parts[f"{name}_scale"] = scales.view(*stacked.shape[:-1], scales.shape[1])
-    one = {k: x.index_select(0, slot)[0] for k, x in parts.items()}
-    save_({**one, **({"d": state["d"]} if "d" in state else {})}, name, value, ok, t, index)
-    for k, x in parts.items():
-        x.index_copy_(0, slot, one[k][None])

@@ -55,7 +55,7 @@ def dense(past, damping):
 
 
 def push(rule, state, g, **scalars):
-    return rule._natural(g, state, row(dtype=state["gram"].dtype, **scalars), lambda t: t)
+    return rule._natural(g, state, row(dtype=state["gram"].dtype, **scalars), lambda t: t)[0]
 
 
 # ---- the step

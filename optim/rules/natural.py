@@ -31,8 +31,6 @@ from .. import kernels, moments, subspace
 from .adam import Adam
 from .rule import Rule, Total, alone
 
-Column = kernels.Column
-
 
 @dataclass(frozen=True)
 class Natural(Adam):
@@ -59,47 +57,18 @@ class Natural(Adam):
     def step_(
         self, g: Tensor, state: dict[str, Tensor], h: Tensor, dtype: torch.dtype, total: Total = alone
     ) -> Tensor:
-        wide = torch.promote_types(g.dtype, torch.float32)
-        natural = self._natural(g.to(wide) * h[Column.CLIP], state, h, total)
-        h = h.clone()
-        h[Column.CLIP].fill_(1.0)
+        natural, row = self._natural(g, state, h, total)
         own = ("history", "history_scale", "gram", "slot", "filled")
         adam = {k: t for k, t in state.items() if k not in own}
-        return super().step_(natural, adam, h, dtype, total)
+        return super().step_(natural, adam, row, dtype, total)
 
     @subspace.ieee()
-    def _natural(self, g: Tensor, state: dict[str, Tensor], h: Tensor, total: Total) -> Tensor:
-        """g~ of the clipped g, which is pushed; where g is not finite the state stays."""
-        ok, slot, gram = h[Column.OK] > 0, state["slot"], state["gram"]
-        slot = slot.clone()
-        moments.push_(state, "history", slot, g, h[Column.OK], h[Column.T], h[Column.INDEX])
-        past = moments.load(state, "history", g.dtype).flatten(1)
-        stored = past.index_select(0, slot)
-        past.index_copy_(0, slot, g.reshape(1, -1))
-        two = torch.cat([past.index_select(0, slot), stored]).t()  # g as it is, g as it is kept
-        dots = total(torch.cat([past @ two, stored @ two]))  # (s + 1, 2)
-        fresh, kept = dots[:-1, 0], dots[:-1, 1].index_copy(0, slot, dots[-1:, 1])
-        count = (state["filled"] + 1).clamp(max=self.history)
-        w = self._weights(_border(gram, slot, fresh), slot, count)
-        gram.copy_(torch.where(ok, _border(gram, slot, kept), gram))
-        state["filled"].copy_(torch.where(ok, count, state["filled"]))
-        state["slot"].copy_(torch.where(ok, (slot + 1) % self.history, slot))
-        return (w @ past).view(g.shape)
-
-    def _weights(self, gram: Tensor, slot: Tensor, count: Tensor) -> Tensor:
-        """lambda w (s,), all from K / tr(K): with d = damping / c it is d (K / tr(K) + d I)^-1 e_n.
-
-        The condition number is at most 1 + c / damping. An empty place is a row of zeros, and w is 0 there.
-        """
-        info = torch.finfo(gram.dtype)
-        trace = gram.diagonal().sum()
-        system = gram * torch.where(trace > info.tiny / info.eps, 1 / trace, 0.0)
-        damping = self.damping / count.to(gram.dtype)
-        system.diagonal().add_(damping)
-        factor, _ = torch.linalg.cholesky_ex(system)
-        newest = torch.zeros_like(gram[:, :1]).index_fill_(0, slot, 1.0)
-        half = torch.linalg.solve_triangular(factor, newest, upper=False)
-        return torch.linalg.solve_triangular(factor.t(), half, upper=True)[:, 0] * damping
+    def _natural(self, g: Tensor, state: dict[str, Tensor], h: Tensor, total: Total) -> tuple[Tensor, Tensor]:
+        """g~ of the clipped g, which is pushed, and its scalars for Adam; where g is not finite the state
+        stays."""
+        dots = total(kernels.natural_dots_(g, state, h))
+        w, place, row = kernels.natural_weights_(dots, state, h, self.damping)
+        return kernels.natural_mix(g, state, w, place, h), row
 
     @subspace.ieee()
     def moved_(self, state: dict[str, Tensor], rotated: bool, total: Total = alone) -> None:
@@ -110,8 +79,3 @@ class Natural(Adam):
         else:
             for name in ("history", "gram", "slot", "filled"):
                 state[name].zero_()
-
-
-def _border(gram: Tensor, slot: Tensor, row: Tensor) -> Tensor:
-    """K with one row and column replaced."""
-    return gram.index_copy(0, slot, row[None]).index_copy(1, slot, row[:, None])

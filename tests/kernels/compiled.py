@@ -11,7 +11,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from kernels import adam, cross_entropy, grouped, norms, rescale, rows
+from kernels import adam, cross_entropy, grouped, natural, norms, rescale, rows
 
 CARDS = (80, 86, 89, 90, 120)  # A100, RTX 3090, RTX 4090, H100 and H200, RTX 5090
 SHARED = 101_376  # bytes a program may have on a 3090, 4090 or 5090
@@ -78,6 +78,27 @@ def cases():
         constants |= {"EVEN": True, "WHOLE": True, "BLOCKS": adam.TILE // 128, "WIDTH": 128}
         aligned = [n for n in arguments if n not in BETAS and n != "rows"]
         yield adam.direction_kernel, arguments, constants, adam.WARPS, aligned, f"parts {grad} {moment}"
+    for grad, store, scaled in natural.VARIANTS:
+        both = {"g_ptr": f"*{TYPES[grad]}", "history": f"*{TYPES[store]}"}
+        kinds = {"S": 4, "STORE": adam.DTYPES[store], "SCALED": scaled, "EVEN": True, "WIDTH": 256}
+        kinds["BLOCKS"] = adam.TILE // 256
+        for name, given in (("scales", store == torch.int8), ("d_ptr", scaled)):
+            (both if given else kinds)[name] = "*fp32" if given else None
+        sizes = {"row": "*fp32", "rows": "i32", "cols": "i32", "stride": "i32"}
+        for kernel, more, rest in (
+            (natural.dots_kernel, {"slot_ptr": "*i64", "out_ptr": "*fp32"}, {"P": 4}),
+            (natural.mix_kernel, {"w_ptr": "*fp32", "place_ptr": "*i64", "out_ptr": "*fp32"}, {}),
+        ):
+            arguments = both | more | sizes
+            aligned = [n for n in arguments if n != "rows"]
+            what = f"natural {grad} {store} {'scaled' if scaled else ''}"
+            yield kernel, arguments, kinds | rest, adam.WARPS, aligned, what
+    for history in (4, 64):
+        arguments = dict.fromkeys(("dots", "gram_ptr", "row", "w_ptr", "row_ptr"), "*fp32")
+        arguments |= dict.fromkeys(("slot_ptr", "filled_ptr", "place_ptr"), "*i64")
+        arguments |= {"stride": "i32", "damping": "fp32"}
+        constants = {"SMALL": 1e-31, "S": history, "P": history}
+        yield natural.weights_kernel, arguments, constants, natural.SOLVE_WARPS, None, f"solve {history}"
     for (weight, direction, noise), (size, decay) in itertools.product(
         grouped.VARIANTS, ((32, False), (43, True))
     ):

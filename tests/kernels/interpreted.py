@@ -16,6 +16,9 @@ from kernels import (
     cross_entropy_,
     grouped_,
     magnitude_,
+    natural_dots_,
+    natural_mix,
+    natural_weights_,
     plan,
     probe_squares,
     rescale_,
@@ -27,6 +30,7 @@ from kernels import (
 )
 from kernels.adam import DIRECTION_VARIANTS, PARTS_VARIANTS, VARIANTS
 from kernels.grouped import VARIANTS as GROUPED_VARIANTS
+from kernels.natural import VARIANTS as NATURAL_VARIANTS
 from kernels.reference import Column
 from optim import moments
 
@@ -353,7 +357,56 @@ def row_factors(dtype, stochastic):
     report(worst.verdict(), "rows", dtype, "stochastic" if stochastic else "nearest", dict(worst))
 
 
+def natural_state(shape, history, store, scaled):
+    state = moments.init(STORES[store], (history, *shape), "cpu", torch.float32, ("history",))
+    state = {name: guarded(t) for name, t in state.items()}
+    if scaled:
+        state["d"] = torch.arange(1, shape[1] + 1) ** -1.0 * 1.3
+    gram, slot = guarded(torch.zeros(history, history)), torch.zeros(1, dtype=torch.int64)
+    return state | {"gram": gram, "slot": slot, "filled": torch.zeros((), dtype=torch.int64)}
+
+
+def natural(grad, store, scaled):
+    """As many updates as fill the history and more, rows apart and between NaNs; the third is skipped. Each
+    starts from the reference's state: a code that differs must not add up."""
+    worst, ok, g = Worst(), True, torch.Generator().manual_seed(0)
+    # bf16: both factors of a product of stored numbers may be truncated, by 2^-7
+    unit = 2**-6 if store == torch.bfloat16 else 1e-3 if store == torch.int8 else 1e-5
+    for shape, history in zip(PROJECTED, (1, 3, 4, 5, 2, 4, 3, 4, 1), strict=True):
+        ref = natural_state(shape, history, store, scaled)
+        for update in range(history + 2):
+            x = torch.full((shape[0], shape[1] + 5), float("nan")).to(grad)[:, : shape[1]]
+            x.copy_((1 + torch.randn(shape, generator=g)) / torch.arange(1, shape[1] + 1))
+            h = table_of(1)[0]
+            if update == 2:
+                x[0, 0], h[Column.OK] = float("nan"), 0
+            state = {k: t if k == "d" else guarded(t) for k, t in ref.items()}
+            old = copies([ref])[0]
+            dots = natural_dots_(x, state, h, impl="triton")
+            want = natural_dots_(x, ref, h, impl="ref")
+            size = want.abs().amax(1, keepdim=True)
+            for name in ("history", "history_scale"):
+                if name in ref:
+                    worst.compare(name, state[name], ref[name], old[name])
+            w, place, row = natural_weights_(want.clone(), state, h, 0.7, impl="triton")
+            other, at, line = natural_weights_(want, ref, h, 0.7, impl="ref")
+            ok &= torch.equal(place, at) and torch.equal(row, line) and place.dtype == at.dtype
+            ok &= all(torch.equal(state[k], ref[k]) and intact(state[k]) for k in ("gram", "slot", "filled"))
+            if update == 2:
+                ok &= all(torch.equal(state[k], t) for k, t in old.items())
+                continue
+            ok &= ((dots - want).abs() <= torch.tensor([[1e-5], [unit]]) * size).all().item()
+            ok &= torch.allclose(w, other, rtol=1e-5, atol=1e-6)
+            y = natural_mix(x, ref, other, at, h, impl="triton")
+            wants = natural_mix(x, ref, other, at, h, impl="ref")
+            ok &= (y - wants).abs().max().item() <= 1e-5 * wants.abs().max().item()
+            ok &= y.dtype == wants.dtype and wants.abs().max().item() > 0
+    report(worst.verdict() and ok, "natural", grad, store, "scaled" if scaled else "", dict(worst))
+
+
 failed = False
+for variant in NATURAL_VARIANTS:
+    natural(*variant)
 rescaled()
 for dtype in (torch.float32, torch.bfloat16):
     magnitudes(dtype)
