@@ -101,7 +101,6 @@ NATURAL = {
     "optim.damping": "over their mean squared norm",
 }
 ADARANK = {
-    "optim.transport": "of moments: rotate_fill, rotate, reset, keep",
     "optim.adapt_rank": "false: optim.rank throughout",
     "optim.adapt_refresh": "false: every refresh_every steps",
     "optim.energy": "of G in a basis, at the least rank",

@@ -20,7 +20,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .constant import constant
-from .reference import APART, FLOOR, QUANT
+from .reference import FLOOR, QUANT
 
 TILE = 2048  # numbers of a program: 16 a thread, so that 8-bit moments too are read 16 bytes at a time
 WARPS = 4
@@ -28,7 +28,6 @@ WARPS = 4
 # of 0.29, 0.20 and 0.22.
 DENSE_TILE, DENSE_WARPS = 4096, 2
 LEAST = tl.constexpr(FLOOR)
-OWN = tl.constexpr(APART)
 ZERO = tl.constexpr(0x4B400000)  # rounded(0)
 DTYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.int8: tl.int8}
 # What the launchers can choose; each is compiled ahead of time in the tests.
@@ -48,19 +47,21 @@ PARTS_VARIANTS = [(grad, moment) for grad in (torch.bfloat16, torch.float32) for
 
 
 @triton.jit
-def _noise(element, t, index):
-    """16 random bits, int32; uint32 arithmetic wraps as reference.random_bits does by masking."""
-    h = element.to(tl.uint32) + t.to(tl.uint32) * 0x9E3779B1 + index.to(tl.uint32) * 0x632BE5AB
+def bits(element, row):
+    """32 random bits: the low 16 are for a second moment, the high 16 for a weight. uint32 arithmetic wraps
+    as reference.random_bits does by masking."""
+    t, index = tl.load(row + 4).to(tl.uint32), tl.load(row + 5).to(tl.uint32)
+    h = element.to(tl.uint32) + t * 0x9E3779B1 + index * 0x632BE5AB
     h = (h ^ (h >> 16)) * 0x7FEB352D
     h = (h ^ (h >> 15)) * 0x846CA68B
-    return ((h ^ (h >> 16)) & 0xFFFF).to(tl.int32)
+    return h ^ (h >> 16)
 
 
 @triton.jit
-def stochastic(x, element, t, index):
+def stochastic(x, sixteen):
     """x as reference.stochastic_bf16 rounds it, still fp32. NaN is left alone: with noise the hardware's own,
     0x7FFFFFFF, would become -0."""
-    noisy = (x.to(tl.int32, bitcast=True) + _noise(element, t, index)) & -65536
+    noisy = (x.to(tl.int32, bitcast=True) + sixteen.to(tl.int32)) & -65536
     return tl.where(x == x, noisy.to(tl.float32, bitcast=True), x)
 
 
@@ -132,6 +133,7 @@ def _step(
     unit,  # (BLOCKS,) number of the quant block
     inside,
     row,  # Column
+    random,  # bits of the numbers; used where MOMENT is bf16
     beta1,
     rest1,
     beta2,
@@ -175,7 +177,7 @@ def _step(
         _write(v_ptr + at, code.to(tl.uint8), mask, MASKED)
     else:
         if MOMENT == tl.bfloat16:
-            v = stochastic(v, at, tl.load(row + 4), tl.load(row + 5))
+            v = stochastic(v, random & 0xFFFF)
         _write(m_ptr + at, m.to(MOMENT), mask, MASKED)
         _write(v_ptr + at, v.to(MOMENT), mask, MASKED)
     return top, below
@@ -189,13 +191,14 @@ def _dense(
 ):  # fmt: skip
     w = _read(w_ptr + at, mask, MASKED)
     g = _read(g_ptr + at, mask, MASKED)
+    random = bits(at, row) if NOISE or MOMENT == tl.bfloat16 else 0
     top, below = _step(
-        g, m_ptr, v_ptr, m_scale, v_scale, g, at, mask, unit, inside, row, beta1, rest1, beta2, rest2,
-        MOMENT, False, MASKED,
+        g, m_ptr, v_ptr, m_scale, v_scale, g, at, mask, unit, inside, row, random,
+        beta1, rest1, beta2, rest2, MOMENT, False, MASKED,
     )  # fmt: skip
     w = w * tl.load(row + 1) - tl.load(row) * (top / (below + eps))
     if NOISE:
-        w = stochastic(w, at, tl.load(row + 4), tl.load(row + 5) + OWN)
+        w = stochastic(w, random >> 16)
     _write(w_ptr + at, w.to(WEIGHT), mask, MASKED)
 
 
@@ -286,8 +289,9 @@ def direction_kernel(
         else:
             d = 0.0
         g = _read(g_ptr + line.to(tl.int64)[:, None] * stride + col[None, :], mask, not WHOLE)
+        random = bits(at, row) if MOMENT == tl.bfloat16 else 0
         top, below = _step(
-            g, m_ptr, v_ptr, m_scale, v_scale, d, at, mask, unit, inside, row,
+            g, m_ptr, v_ptr, m_scale, v_scale, d, at, mask, unit, inside, row, random,
             beta1, rest1, beta2, rest2, MOMENT, SCALED, not WHOLE,
         )  # fmt: skip
         if PARTS:

@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .adam import OWN, TILE, WARPS, stochastic, tile
+from .adam import TILE, WARPS, bits, stochastic, tile
 
 LANES = 256
 VARIANTS = [  # weight, direction, weight rounded stochastically
@@ -52,7 +52,7 @@ def grouped_kernel(
         w = w * tl.load(keep_ptr)
     w = w + top * d / (root * tl.abs(d) + eps)
     if NOISE:
-        w = stochastic(w, element, tl.load(row + 4), tl.load(row + 5) + OWN)
+        w = stochastic(w, bits(element, row) >> 16)
     tl.store(w_ptr + at, w.to(w_ptr.dtype.element_ty), mask=mask)
 
 

@@ -17,7 +17,6 @@ QUANT = (
     256  # numbers that share a scale; a block never crosses a row, so any split by rows gives the same codes
 )
 FLOOR = 2.0**-100  # least scale: FLOOR / 255^2, what a code 1 decodes to, is still a normal fp32 number
-APART = 1 << 20  # index of a weight's random bits over that of its moments
 PROBE = 16  # columns of the norm probe that its kernel takes
 SECOND = ("v",)  # state that is never negative: unsigned codes, stochastic rounding in bf16
 
@@ -375,7 +374,7 @@ def write_(
     bf16 numbers are 2^-8 to 2^-7 of themselves apart; to nearest, updates of less than half of that are lost.
     """
     if h is not None and w.dtype == torch.bfloat16:
-        new = stochastic_bf16(new.reshape(-1), h[Column.T], h[Column.INDEX] + APART).view(w.shape)
+        new = stochastic_bf16(new.reshape(-1), h[Column.T], h[Column.INDEX], high=True).view(w.shape)
     w.copy_(new)
 
 
@@ -414,20 +413,22 @@ def dequantise(
     return x * scales.to(wide).repeat_interleave(QUANT, 1)[:, : c.shape[1]]
 
 
-def stochastic_bf16(x: Tensor, t: Tensor, index: Tensor) -> Tensor:
+def stochastic_bf16(x: Tensor, t: Tensor, index: Tensor, high: bool = False) -> Tensor:
     """bf16 whose expectation is fp32 x (n,): adds 16 random bits below the mantissa, then truncates."""
     x = x.float()
-    noisy = (x.view(torch.int32) + random_bits(x.numel(), t, index)) & -65536
+    noisy = (x.view(torch.int32) + random_bits(x.numel(), t, index, high)) & -65536
     return torch.where(torch.isfinite(x), noisy.view(torch.float32), x).to(torch.bfloat16)
 
 
-def random_bits(n: int, t: Tensor, index: Tensor) -> Tensor:
-    """int32 (n,) in [0, 65536), a function of (t, index, element): multiplies and xor-shifts of integers."""
+def random_bits(n: int, t: Tensor, index: Tensor, high: bool = False) -> Tensor:
+    """int32 (n,) in [0, 65536), a function of (t, index, element): multiplies and xor-shifts of integers. The
+    high 16 bits of the result are others than the low ones."""
     seed = t.to(torch.int64) * 0x9E3779B1 + index.to(torch.int64) * 0x632BE5AB
     h = (torch.arange(n, device=t.device, dtype=torch.int64) + seed) & 0xFFFFFFFF
     for shift, factor in ((16, 0x7FEB352D), (15, 0x846CA68B)):
         h = ((h ^ (h >> shift)) * factor) & 0xFFFFFFFF
-    return ((h ^ (h >> 16)) & 0xFFFF).to(torch.int32)
+    h ^= h >> 16
+    return (h >> 16 if high else h & 0xFFFF).to(torch.int32)
 
 
 def cross_entropy_(

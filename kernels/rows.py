@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .adam import OWN, TILE, WARPS, _step, stochastic, tile
+from .adam import TILE, WARPS, _step, bits, stochastic, tile
 
 LANES = 256
 
@@ -42,7 +42,7 @@ def rows_kernel(
         w = w * tl.load(keep_ptr)
     x = w + x
     if STOCHASTIC:
-        x = stochastic(x, at, tl.load(row + 4), tl.load(row + 5) + OWN)
+        x = stochastic(x, bits(at, row) >> 16)
     tl.store(w_ptr + at, x.to(w_ptr.dtype.element_ty), mask=mask)
 
 
@@ -133,7 +133,7 @@ def magnitude_kernel(
         mag = _divisor(old, least)
         s = tl.load(s_ptr + at, mask=mask, other=0.0)
         top, below = _step(
-            s, m_ptr, v_ptr, m_ptr, v_ptr, s, at, mask, unit, inside, row,
+            s, m_ptr, v_ptr, m_ptr, v_ptr, s, at, mask, unit, inside, row, 0,
             beta1, rest1, beta2, rest2, tl.float32, False, True,
         )  # fmt: skip
         direction = top / (below + eps)

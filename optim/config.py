@@ -209,9 +209,6 @@ class AdaRankConfig(ProjectedConfig):
 
     def _clashes(self) -> list[tuple[str, tuple[str, ...], str]]:
         found = super()._clashes()
-        if self.adapt_rank and self.transport == "keep":
-            text = "moments of one rank are none of another; choose rotate_fill, or optim.adapt_rank=false"
-            found.append(("transport", ("adapt_rank",), text))
         if self.adapt_refresh and self.refresh == "together":
             text = "each basis has a time of its own; leave it out, or choose optim.adapt_refresh=false"
             found.append(("refresh", ("adapt_refresh",), text))

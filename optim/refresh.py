@@ -88,7 +88,7 @@ class Refresher:
                 self.reduce.gather_rows(u.param, g)[:, : u.size[1]] for u, g in zip(b.units, gs, strict=True)
             ]
             owner = b.index % self.reduce.world
-            q, outcome = b.own[:, : b.r].contiguous(), 0
+            q, kept, outcome = b.own[:, : b.r].contiguous(), torch.arange(b.r, device=old.device), 0
             if self.reduce.rank == owner:
                 found = subspace.find(
                     whole if b.side == "input" else [g.t() for g in whole],
@@ -98,13 +98,16 @@ class Refresher:
                     first=b.fresh,
                     ranks=self.ranks(b) if self.ranks else None,
                 )
-                q, outcome = found.q.to(b.qs.dtype).contiguous(), found.outcome
+                q, kept, outcome = found.q.to(b.qs.dtype).contiguous(), found.kept, found.outcome
             if self.reduce.world > 1:
                 told = torch.tensor([outcome, q.shape[1]], device=q.device)
                 self.reduce.from_owner_(told, owner)
                 outcome, r = told.tolist()
-                q = q if q.shape[1] == r else q.new_empty(b.n, r)
+                if q.shape[1] != r:
+                    q, kept = q.new_empty(b.n, r), kept.new_empty(r)
                 self.reduce.from_owner_(q, owner)
+                if b.varies:
+                    self.reduce.from_owner_(kept, owner)
             if outcome == subspace.KEPT:
                 self.kept += 1
                 return []
@@ -118,8 +121,10 @@ class Refresher:
             self.overlaps.append(subspace.overlap(c))
             policy = self.transport
             if policy == "auto":
-                kept = "keep" if self.finder == "warm" else "rotate"
-                policy = "reset" if first else "rotate_fill" if b.varies else kept
+                rotated = "rotate_fill" if b.varies else "rotate"
+                policy = "reset" if first else "keep" if self.finder == "warm" else rotated
+            if policy == "keep" and b.varies:
+                policy, c = "rotate_fill", subspace.selection(kept, c.shape[0], c.dtype)
             for u, g in zip(b.units, gs, strict=True):
                 self._carry(u, b, g, c, policy)
             return [(u, policy == "reset") for u in b.units]

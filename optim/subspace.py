@@ -54,6 +54,7 @@ class Ranks(NamedTuple):
 
 class Found(NamedTuple):
     q: Tensor  # (n, r) fp32 or float64, orthonormal columns
+    kept: Tensor  # (r,) int64: the column of the old basis that each continues; -1: none
     outcome: int  # FOUND | FALLBACK: Householder QR, or not the finder asked for | KEPT: q is the old basis
 
 
@@ -103,8 +104,8 @@ def find(
     seed    of the randomized finder
     first   `old` is random: the largest entry of each column is made positive. Otherwise the diagonal of
             old^T q is, so that moments keep their sign
-    ranks   r is chosen, and the columns are in the order of G's energy along them, largest first;
-            None: r is old's
+    ranks   r is chosen, and the columns continue the r of the old basis that the new span holds most of, in
+            their order; None: r is old's
 
     The old basis stays (KEPT) where G holds a NaN or an infinity, is all zero, or nothing worked. The host
     waits for the device once, at the end; "svd" and "randomized" wait inside too.
@@ -136,10 +137,11 @@ def find(
         if not 0 < largest < float("inf"):
             break
         if error <= LIMIT and not any(failed):
+            kept = torch.arange(q_old.shape[1], device=q.device)
             if ranks is not None:
-                signed = signed[:, : ranks.choose(told[len(flags) :])]
-            return Found(signed, FOUND if attempt == finder else FALLBACK)
-    return Found(q_old, KEPT)
+                signed, kept = _aligned(q[:, : ranks.choose(told[len(flags) :])], q_old)
+            return Found(signed, kept, FOUND if attempt == finder else FALLBACK)
+    return Found(q_old, torch.arange(q_old.shape[1], device=q_old.device), KEPT)
 
 
 def _iterate(
@@ -204,6 +206,21 @@ def _ordered(gs: list[Tensor], q: Tensor, inverse: Tensor) -> tuple[Tensor, Tens
     total = torch.stack([torch.linalg.vector_norm(g, dtype=torch.float64) * inverse for g in gs])
     held = energies.flip(0).clamp(min=0).double().cumsum(0) / total.square().sum()
     return _polished(q @ turn.flip(1)), held.to(q.dtype)
+
+
+def _aligned(q: Tensor, old: Tensor) -> tuple[Tensor, Tensor]:
+    """q (n, r) turned within its span so that its first columns are old's (n, r_old), as far as they lie in
+    it, those that lie in it least being left out; and Found.kept. Diagonal and signs as after QR of old.
+
+    In the order of energy every basis would be turned against the last one, and v, which is a mean over all
+    directions then, be far below what the leading ones need.
+    """
+    inside = q.t() @ old
+    most = min(q.shape[1], old.shape[1])
+    kept = inside.square().sum(0).topk(most).indices.sort().values
+    turn, upper = torch.linalg.qr(inside[:, kept], mode="complete")
+    turn[:, :most] *= torch.where(upper.diagonal() < 0, -1.0, 1.0)
+    return _polished(q @ turn), torch.nn.functional.pad(kept, (0, q.shape[1] - most), value=-1)
 
 
 def _polished(x: Tensor) -> Tensor:
@@ -306,6 +323,11 @@ def captured(gs: list[Tensor], q: Tensor) -> Tensor:
     total = torch.stack([torch.linalg.vector_norm(g, dtype=torch.float64) for g in gs]).square().sum()
     kept = torch.linalg.vector_norm(_right(gs, q / top), dtype=torch.float64) * top
     return (kept.square() / total.clamp(min=torch.finfo(torch.float64).tiny)).to(q.dtype)
+
+
+def selection(kept: Tensor, r: int, dtype: torch.dtype) -> Tensor:
+    """(r, len(kept)): `transport` by it moves a coordinate to the column that continues it."""
+    return (torch.arange(r, device=kept.device)[:, None] == kept).to(dtype)
 
 
 def overlap(c: Tensor) -> Tensor:

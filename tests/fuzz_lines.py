@@ -87,7 +87,6 @@ CLASHES: list[tuple[list[str], str, bool]] = [
     (["optim=gradnormlorp_adapter", "optim.rank=4", "optim.core_rank=8"], "optim.core_rank=8", False),
     (["optim=gradnormlorp_adapter", "optim.lift=auto"], "optim.lift=auto", False),
     (["optim=galore", "optim.lift=deferred", "optim.side=paper"], "optim.lift=deferred", False),
-    (["optim=adarankgrad", "optim.transport=keep"], "optim.transport=keep", False),
     (["optim=adarankgrad", "optim.refresh=together"], "optim.refresh=together", False),
     (["optim=galore", "activations=velora", "optim.growth_limit=1.1"], "optim.growth_limit=1.1", True),
     (["activations=velora", "activations.group=7"], "activations.group=7", True),
@@ -308,7 +307,7 @@ def valid(place: Place, rng: random.Random, name: str) -> list[str]:
     if method.startswith("adarankgrad"):
         pick |= {
             "optim.refresh": ["staggered"],
-            "optim.transport": ["auto", "reset", "rotate", "rotate_fill"],
+            "optim.transport": ["auto", "keep", "reset", "rotate", "rotate_fill"],
         }
         pick |= {"optim.energy": ["0.5", "0.9", "1"], "optim.monotone": ["true", "false"]}
     if method == "galore_sgd":

@@ -53,7 +53,6 @@ def test_values_of_natural_galore_outside_their_ranges() -> None:
 @pytest.mark.parametrize(
     ("given", "said"),
     [
-        ("optim.transport=keep", "optim.adapt_rank=false"),
         ("optim.refresh=together", "optim.adapt_refresh=false"),
         ("optim.energy=0", "(0, 1]"),
         ("optim.energy=1.1", "(0, 1]"),

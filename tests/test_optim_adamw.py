@@ -272,9 +272,7 @@ def sixteenth(kind, w, t, noise):
 
 @kills("kernels/reference.py", "new, w.to(wide)), h if noise else None)", "new, w.to(wide)), None)")
 @kills("kernels/reference.py", "u.flatten(1), h)", "u.flatten(1), None)")
-@kills(
-    "kernels/reference.py", "h[Column.T], h[Column.INDEX] + APART", "h[Column.LR], h[Column.INDEX] + APART"
-)
+@kills("kernels/reference.py", "h[Column.T], h[Column.INDEX], high", "h[Column.LR], h[Column.INDEX], high")
 @kills("kernels/dispatch.py", "table[n], beta1, beta2, eps, noise)", "table[n], beta1, beta2, eps)")
 @kills("optim/rules/adam.py", "self.eps, noise)", "self.eps, False)")
 @kills("optim/rules/adam.py", "self.eps, noise)", "self.eps, True)")
@@ -293,7 +291,7 @@ def test_small_updates_add_up_unless_rounded_to_nearest(kind):
     assert abs(fell.std() / deviation - 1) < 5 / (2 * 4096) ** 0.5
 
 
-@kills("kernels/reference.py", "h[Column.INDEX] + APART", "h[Column.INDEX]")
+@kills("kernels/reference.py", "h[Column.INDEX], high=True", "h[Column.INDEX]")
 def test_a_weight_has_random_bits_of_its_own():
     """Not those of its second moment, of the same update and index; by place, however its rows lie."""
     x, h = torch.rand(64, 30) + 1, torch.tensor([0.0, 1, 1, 1, 5, 7, 1, 1])

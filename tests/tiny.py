@@ -225,9 +225,14 @@ class Oracle:
         policy = cfg.transport
         if policy == "auto":
             first = self.found[b.name] == 0
-            kept = "keep" if cfg.finder == "warm" else "rotate"
-            policy = "reset" if first else "rotate_fill" if getattr(cfg, "adapt_rank", False) else kept
+            rotated = "rotate_fill" if getattr(cfg, "adapt_rank", False) else "rotate"
+            policy = "reset" if first else "keep" if cfg.finder == "warm" else rotated
         c = old.T @ found.q
+        if policy == "keep" and getattr(cfg, "adapt_rank", False):
+            policy, c = "rotate_fill", torch.zeros_like(c)
+            for new, of in enumerate(found.kept.tolist()):
+                if of >= 0:
+                    c[of, new] = 1
         self.q[b.name] = found.q
         self.found[b.name] += 1
         for u in b.units:
