@@ -191,14 +191,17 @@ def _dense(
 ):  # fmt: skip
     w = _read(w_ptr + at, mask, MASKED)
     g = _read(g_ptr + at, mask, MASKED)
-    random = bits(at, row) if NOISE or MOMENT == tl.bfloat16 else 0
+    # Early, while loads are waited for; with fp32 moments, which leave it no registers, late. On an H200
+    # 4096 x 11008 take 0.26 ms instead of 0.34, with bf16 and 8 bit 0.20 and 0.18 instead of 0.24 and 0.19.
+    EARLY: tl.constexpr = MOMENT == tl.bfloat16 or NOISE and MOMENT == tl.int8
+    random = bits(at, row) if EARLY else 0
     top, below = _step(
         g, m_ptr, v_ptr, m_scale, v_scale, g, at, mask, unit, inside, row, random,
         beta1, rest1, beta2, rest2, MOMENT, False, MASKED,
     )  # fmt: skip
     w = w * tl.load(row + 1) - tl.load(row) * (top / (below + eps))
     if NOISE:
-        w = stochastic(w, random >> 16)
+        w = stochastic(w, (random if EARLY else bits(at, row)) >> 16)
     _write(w_ptr + at, w.to(WEIGHT), mask, MASKED)
 
 

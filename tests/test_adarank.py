@@ -476,7 +476,8 @@ def adapted(rank, world):
     return flat(model), events, ranks, [vars(life) for life in opt.adarank.lives]
 
 
-@kills("optim/refresh.py", "q = q if q.shape[1] == r else q.new_empty(b.n, r)", "pass")
+@kills("optim/refresh.py", "if q.shape[1] != r:", "if False:")
+@kills("optim/refresh.py", "self.reduce.from_owner_(kept, owner)", "pass")
 @kills(
     "optim/refresh.py", "torch.tensor([outcome, q.shape[1]], device", "torch.tensor([outcome, b.r], device"
 )

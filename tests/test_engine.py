@@ -112,7 +112,7 @@ def reference(method, micro=1):
     ],
     ids=str,
 )
-@kills("optim/unit.py", "kernels.lift_(w, n, self.q.q.t(), keep)", "kernels.lift_(w, n, self.q.s.t(), keep)")
+@kills("optim/unit.py", "w, n, self.q.q.t(), keep", "w, n, self.q.s.t(), keep")
 @kills("optim/unit.py", "else n @ self.q.q.to(n.dtype).t()", "else n @ self.q.q.to(n.dtype).flip(1).t()")
 @kills("optim/scalars.py", "[lr * scale, 1 - lr * decay]", "[lr, 1 - lr * decay]")
 @kills("optim/refresh.py", 'policy = "reset" if first', 'policy = "keep" if first')
@@ -240,12 +240,8 @@ def test_fixed_basis_is_adam_on_coordinates_invariant_5(side, fixed):
     assert losses == pytest.approx(other, rel=1e-11)
 
 
-@kills(
-    "optim/unit.py", "kernels.lift_(w, self.p.q, back, keep)", "kernels.lift_(w, self.p.q.abs(), back, keep)"
-)
-@kills(
-    "optim/unit.py", "kernels.lift_(w, self.p.q, back, keep)", "kernels.lift_(w, self.p.s[:, :4], back, keep)"
-)
+@kills("optim/unit.py", "w, self.p.q, back, keep", "w, self.p.q.abs(), back, keep")
+@kills("optim/unit.py", "w, self.p.q, back, keep", "w, self.p.s[:, :4], back, keep")
 def test_adam_in_a_selection_of_rows_is_adam_on_them_invariant_5b(fixed):
     """P a signed choice of coordinates: plain Adam on those rows, nothing on the others."""
     model, plain = Tiny(), Tiny()
@@ -269,8 +265,8 @@ def test_adam_in_a_selection_of_rows_is_adam_on_them_invariant_5b(fixed):
 
 @kills(
     "optim/unit.py",
-    "kernels.lift_(w, n, self.q.q.t(), keep)",
-    "kernels.lift_(w, n, self.q.q.abs().t(), keep)",
+    "w, n, self.q.q.t(), keep",
+    "w, n, self.q.q.abs().t(), keep",
 )
 @kills(
     "optim/methods.py", '"galore": Method(adam, Projected', '"galore": Method(lambda cfg: Sgd(), Projected'
@@ -296,12 +292,10 @@ def test_signs_and_order_of_a_basis_do_not_matter_a_rotation_does_invariant_6(fi
 
 @kills(
     "optim/unit.py",
-    "kernels.lift_(w, self.p.q, back, keep)",
-    "kernels.lift_(w, self.p.q.flip(0), back, keep)",
+    "w, self.p.q, back, keep",
+    "w, self.p.q.flip(0), back, keep",
 )
-@kills(
-    "optim/unit.py", "kernels.lift_(w, n, self.q.q.t(), keep)", "kernels.lift_(w, n, self.q.s.t()[:4], keep)"
-)
+@kills("optim/unit.py", "w, n, self.q.q.t(), keep", "w, n, self.q.s.t()[:4], keep")
 def test_a_weight_moves_within_its_span_invariant_7(fixed):
     for side in ("input", "output", "both"):
         model, start = Tiny(), Tiny()
