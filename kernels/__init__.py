@@ -25,6 +25,7 @@ from .dispatch import (
     squares,
     tangent_,
 )
+from .history import push_
 from .lift import lift_
 from .reference import (
     PROBE,
@@ -34,7 +35,6 @@ from .reference import (
     dequantise,
     divisor,
     load,
-    push_,
     quantise,
     save_,
     stochastic_bf16,

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import dispatch, reference
+from . import dispatch, history, reference
 from .dispatch import Impl
 from .reference import PROBE, QUANT, Column
 
@@ -62,7 +62,7 @@ def state(device: torch.device, rows: int, cols: int, store: str, scaled: bool =
     return found
 
 
-def history(device: torch.device, rows: int, cols: int) -> dict[str, Tensor]:
+def past(device: torch.device, rows: int, cols: int) -> dict[str, Tensor]:
     """Natural GaLore's state with its four last gradients in 8 bit; the next one goes in the second place."""
     found = {
         "history": torch.zeros(4, rows, cols, dtype=torch.int8, device=device),
@@ -74,7 +74,7 @@ def history(device: torch.device, rows: int, cols: int) -> dict[str, Tensor]:
     one = torch.ones((), device=device)
     for n in range(4):
         g = random(device, rows, cols, dtype=torch.float32, seed=n + 1)
-        reference.push_(found, "history", found["slot"] + n, g, one, one, one)
+        history.push_(found, "history", found["slot"] + n, g, one, one, one)
     found["slot"] += 1
     return found
 
@@ -236,7 +236,7 @@ def _grouped() -> Case:
 
 def _natural_dots() -> Case:
     def make(rows: int, cols: int, device: torch.device) -> dict[str, Any]:
-        return {"g": random(device, rows, cols), "state": history(device, rows, cols), "h": row(device)}
+        return {"g": random(device, rows, cols), "state": past(device, rows, cols), "h": row(device)}
 
     def call(x: dict[str, Any], impl: Impl) -> Any:
         return dispatch.natural_dots_(x["g"], x["state"], x["h"], impl=impl)
@@ -246,7 +246,7 @@ def _natural_dots() -> Case:
 
 def _natural_weights() -> Case:
     def make(rows: int, cols: int, device: torch.device) -> dict[str, Any]:
-        own, g = history(device, 8, 32), random(device, 4, 64, dtype=torch.float32)
+        own, g = past(device, 8, 32), random(device, 4, 64, dtype=torch.float32)
         own["gram"] = g @ g.t()
         return {"dots": own["gram"][1:3].contiguous(), "state": own, "h": row(device)}
 
@@ -260,7 +260,7 @@ def _natural_mix() -> Case:
     def make(rows: int, cols: int, device: torch.device) -> dict[str, Any]:
         w = torch.tensor([0.1, 0.7, -0.2, 0.05], device=device)
         place = torch.ones(1, dtype=torch.int64, device=device)
-        return {"g": random(device, rows, cols), "state": history(device, rows, cols), "w": w} | {
+        return {"g": random(device, rows, cols), "state": past(device, rows, cols), "w": w} | {
             "place": place, "h": row(device),
         }  # fmt: skip
 

@@ -8,7 +8,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from . import reference
+from . import history, reference
 
 Impl = Literal["auto", "triton", "ref"]
 
@@ -212,9 +212,9 @@ def magnitude_(
 
 
 def natural_dots_(g: Tensor, state: State, h: Tensor, impl: Impl = "auto") -> Tensor:
-    """reference.natural_dots_, same arguments: (2, s) products; g is pushed."""
+    """history.natural_dots_, same arguments: (2, s) products; g is pushed."""
     if _choose_natural(g, state, h, impl) == "ref":
-        return reference.natural_dots_(g, state, h)
+        return history.natural_dots_(g, state, h)
     from . import natural
 
     return natural.launch_dots(g, state, h)
@@ -223,20 +223,20 @@ def natural_dots_(g: Tensor, state: State, h: Tensor, impl: Impl = "auto") -> Te
 def natural_weights_(
     dots: Tensor, state: State, h: Tensor, damping: float, impl: Impl = "auto"
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """reference.natural_weights_, same arguments: w (s,), place (1,), h for the update."""
+    """history.natural_weights_, same arguments: w (s,), place (1,), h for the update."""
     problem = "sums whose rows are not contiguous" if dots.stride(1) != 1 else ""
     problem = f"dtype {dots.dtype} of the sums" if dots.dtype != torch.float32 else problem
     if choose([state["gram"], h], impl, (torch.float32,), problem) == "ref":
-        return reference.natural_weights_(dots, state, h, damping)
+        return history.natural_weights_(dots, state, h, damping)
     from . import natural
 
     return natural.launch_weights(dots, state, h, damping)
 
 
 def natural_mix(g: Tensor, state: State, w: Tensor, place: Tensor, h: Tensor, impl: Impl = "auto") -> Tensor:
-    """reference.natural_mix, same arguments: g~, fp32."""
+    """history.natural_mix, same arguments: g~, fp32."""
     if _choose_natural(g, state, h, impl) == "ref":
-        return reference.natural_mix(g, state, w, place, h)
+        return history.natural_mix(g, state, w, place, h)
     from . import natural
 
     return natural.launch_mix(g, state, w, place, h)

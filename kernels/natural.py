@@ -1,4 +1,4 @@
-"""Natural GaLore's step between a gradient and Adam: reference.natural_dots_, natural_weights_, natural_mix.
+"""Natural GaLore's step between a gradient and Adam: history.natural_dots_, natural_weights_, natural_mix.
 
 In torch the s past gradients are widened, copied and read some five times, 280 ms a step at 7B with s = 4 in
 8 bit; here they are read twice. Bytes a number in bf16 with them in 8 bit: 3 + s, and 6 + s for the mix that
@@ -12,25 +12,44 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .adam import DTYPES, LEAST, QUANT, TILE, WARPS, _load, number, rounded, tile
+from .adam import DTYPES, LEAST, QUANT, TILE, WARPS, number, rounded, tile
 
 SOLVE_WARPS = 4
 VARIANTS = [  # gradient, history, with a column scale
-    (grad, store, scaled)
-    for grad in (torch.bfloat16, torch.float32)
-    for store in DTYPES
-    for scaled in ((False, True) if store == torch.int8 else (False,))
+    (torch.bfloat16, torch.int8, True),
+    (torch.bfloat16, torch.int8, False),
+    (torch.bfloat16, torch.bfloat16, False),
+    (torch.bfloat16, torch.float32, False),
+    (torch.float32, torch.float32, False),
+    (torch.float32, torch.int8, False),
 ]
 
 
 @triton.jit
+def _gradient(
+    g_ptr, d_ptr, row, rows, cols, stride, SCALED: tl.constexpr, EVEN: tl.constexpr, BLOCKS: tl.constexpr,
+    WIDTH: tl.constexpr,
+):  # fmt: skip
+    """This program's tile of the clipped gradient, fp32, and of its column scale; where it is."""
+    line, col, inside, mask, at, unit = tile(rows, cols, EVEN, BLOCKS, WIDTH)
+    mask = mask & (col < cols)[None, :]
+    d = 1.0
+    if SCALED:
+        d = tl.load(d_ptr + col, mask=col < cols, other=1.0)[None, :]
+    g = tl.load(g_ptr + line.to(tl.int64)[:, None] * stride + col[None, :], mask=mask, other=0)
+    return g.to(tl.float32) * tl.load(row + 2), d, inside, mask, at, unit
+
+
+@triton.jit
 def _past(
-    history, scales, i, d, at, unit, numbers, units, mask, inside, STORE: tl.constexpr, SCALED: tl.constexpr
-):
-    """The tile of past gradient i, fp32."""
-    x = _load(history + i * numbers + at, mask, True)
+    history, scales, i, d, rows, cols, inside, mask, at, unit, STORE: tl.constexpr, SCALED: tl.constexpr,
+    WIDTH: tl.constexpr,
+):  # fmt: skip
+    """The same tile of past gradient i, fp32."""
+    x = tl.load(history + i * tl.cast(rows, tl.int64) * cols + at, mask=mask, other=0)
     if STORE == tl.int8:
-        x = number(x, True) * (1 / 127) * tl.load(scales + i * units + unit, mask=inside, other=0.0)[:, None]
+        units = i * tl.cast(rows, tl.int64) * tl.cdiv(cols, WIDTH) + unit
+        x = number(x, True) * (1 / 127) * tl.load(scales + units, mask=inside, other=0.0)[:, None]
         if SCALED:
             x = x * d
     return tl.where(mask, x.to(tl.float32), 0.0)
@@ -56,16 +75,10 @@ def dots_kernel(
     BLOCKS: tl.constexpr,
     WIDTH: tl.constexpr,
 ):
-    line, col, inside, mask, at, unit = tile(rows, cols, EVEN, BLOCKS, WIDTH)
-    mask = mask & (col < cols)[None, :]
-    numbers = rows.to(tl.int64) * cols
-    units = rows.to(tl.int64) * tl.cdiv(cols, WIDTH)
+    g, d, inside, mask, at, unit = _gradient(
+        g_ptr, d_ptr, row, rows, cols, stride, SCALED, EVEN, BLOCKS, WIDTH
+    )
     slot = tl.load(slot_ptr)
-    d = 1.0
-    if SCALED:
-        d = tl.load(d_ptr + col, mask=col < cols, other=1.0)[None, :]
-    g = tl.load(g_ptr + line.to(tl.int64)[:, None] * stride + col[None, :], mask=mask, other=0)
-    g = g.to(tl.float32) * tl.load(row + 2)
     if STORE == tl.int8:
         y = g
         if SCALED:
@@ -83,7 +96,7 @@ def dots_kernel(
     fresh = tl.zeros((P,), tl.float32)
     held = tl.zeros((P,), tl.float32)
     for i in tl.static_range(S):
-        x = _past(history, scales, i, d, at, unit, numbers, units, mask, inside, STORE, SCALED)
+        x = _past(history, scales, i, d, rows, cols, inside, mask, at, unit, STORE, SCALED, WIDTH)
         own = slot == i
         fresh = tl.where(lane == i, tl.sum(tl.sum(tl.where(own, g, x) * g, 1), 0), fresh)
         held = tl.where(lane == i, tl.sum(tl.sum(tl.where(own, kept, x) * kept, 1), 0), held)
@@ -91,9 +104,9 @@ def dots_kernel(
     tl.store(out, fresh)
     tl.store(out + P, held)
     if tl.load(row + 3) > 0:
-        tl.store(history + slot * numbers + at, code, mask=mask)
+        tl.store(history + slot * rows * cols + at, code, mask=mask)
         if STORE == tl.int8:
-            tl.store(scales + slot * units + unit, a, mask=inside)
+            tl.store(scales + slot * rows * tl.cdiv(cols, WIDTH) + unit, a, mask=inside)
 
 
 @triton.jit
@@ -165,19 +178,14 @@ def mix_kernel(
     BLOCKS: tl.constexpr,
     WIDTH: tl.constexpr,
 ):
-    line, col, inside, mask, at, unit = tile(rows, cols, EVEN, BLOCKS, WIDTH)
-    mask = mask & (col < cols)[None, :]
-    numbers = rows.to(tl.int64) * cols
-    units = rows.to(tl.int64) * tl.cdiv(cols, WIDTH)
+    g, d, inside, mask, at, unit = _gradient(
+        g_ptr, d_ptr, row, rows, cols, stride, SCALED, EVEN, BLOCKS, WIDTH
+    )
     place = tl.load(place_ptr)
-    d = 1.0
-    if SCALED:
-        d = tl.load(d_ptr + col, mask=col < cols, other=1.0)[None, :]
-    g = tl.load(g_ptr + line.to(tl.int64)[:, None] * stride + col[None, :], mask=mask, other=0)
-    y = g.to(tl.float32) * tl.load(row + 2) * tl.load(w_ptr + place)
+    y = g * tl.load(w_ptr + place)
     for i in tl.static_range(S):
         w = tl.where(place == i, 0.0, tl.load(w_ptr + i))
-        y += w * _past(history, scales, i, d, at, unit, numbers, units, mask, inside, STORE, SCALED)
+        y += w * _past(history, scales, i, d, rows, cols, inside, mask, at, unit, STORE, SCALED, WIDTH)
     tl.store(out_ptr + at, y, mask=mask)
 
 

@@ -25,11 +25,11 @@ The random ones are replaced by GaLore's first round; if x never falls all other
 that wait are replaced a block in a step, the oldest basis' first, or as many blocks as would make each one's
 turn come every refresh_every / SHORTEST steps: each basis needs a whole G.
 
-Moments (Block 2): the paper rotates them, M <- R M, V <- R V, and V can become negative. Here the columns of
-a new basis continue those of the old one that it holds most of (subspace.find), and their moments stay; those
-of new columns begin at 0 and the mean of V. In the order of energy and rotated (optim.transport=rotate_fill) V
-is a mean of all directions, far below what the leading ones need: at 60M the loss is 5.48 instead of 5.41 after
-130 steps, perplexity 70.7 instead of 69.3 after 600. Those of the random basis start anew.
+Moments (Block 2): the paper rotates them, M <- R M, V <- R V, and V can become negative. Here the columns
+of a new basis continue those of the old one that it holds most of (subspace.find), and their moments stay;
+those of new columns begin at 0 and the mean of V. In the order of energy and rotated (transport=rotate_fill)
+V is a mean of all directions, far below what the leading ones need: at 60M the loss is 5.48 instead of 5.41
+after 130 steps, perplexity 70.7 instead of 69.3 after 600. Those of the random basis start anew.
 
 x lives on the device. Every `lag` steps it is compared, by the first rank for all, and what came of it read
 `lag` steps later: no step waits for it.

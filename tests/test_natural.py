@@ -63,14 +63,14 @@ def push(rule, state, g, **scalars):
 
 @pytest.mark.parametrize("history", [1, 2, 4, 7])
 @pytest.mark.parametrize("damping", [1e-3, 1.0, 30.0])
-@kills("kernels/reference.py", "clamp(max=history)", "clamp(max=99)")
-@kills("kernels/reference.py", "(slot + 1) % history, slot)", "slot, slot)")
-@kills("kernels/reference.py", "damping / count.to(gram.dtype)", "damping / history")
-@kills("kernels/reference.py", "torch.where(trace > info.tiny / info.eps, 1 / trace, 0.0)", "1 / (1 + trace)")
-@kills("kernels/reference.py", ".index_copy(1, slot, row[:, None])", "")
-@kills("kernels/reference.py", "index_fill_(0, slot, 1.0)", "index_fill_(0, slot * 0, 1.0)")
-@kills("kernels/reference.py", "solve_triangular(factor.t(), half", "solve_triangular(factor.t(), newest")
-@kills("kernels/reference.py", "x.index_copy_(0, slot, one[k][None])", "x[0].copy_(one[k])")
+@kills("kernels/history.py", "clamp(max=history)", "clamp(max=99)")
+@kills("kernels/history.py", "(slot + 1) % history, slot)", "slot, slot)")
+@kills("kernels/history.py", "damping / count.to(gram.dtype)", "damping / history")
+@kills("kernels/history.py", "torch.where(trace > info.tiny / info.eps, 1 / trace, 0.0)", "1 / (1 + trace)")
+@kills("kernels/history.py", ".index_copy(1, slot, row[:, None])", "")
+@kills("kernels/history.py", "index_fill_(0, slot, 1.0)", "index_fill_(0, slot * 0, 1.0)")
+@kills("kernels/history.py", "solve_triangular(factor.t(), half", "solve_triangular(factor.t(), newest")
+@kills("kernels/history.py", "x.index_copy_(0, slot, one[k][None])", "x[0].copy_(one[k])")
 def test_equals_a_dense_solve_invariant_24(history, damping):
     """(lambda I + H H^T) g~ = lambda g over 9 updates, cleared after the third, rotated after the sixth; the
     paper's Woodbury form is that over lambda."""
@@ -158,7 +158,7 @@ def test_no_history_is_galore_bitwise_invariant_52(twin):
     assert [u.state.keys() for u in opt.units] == [u.state.keys() for u in other.units]
 
 
-@kills("kernels/reference.py", "damping / count.to(gram.dtype)", "damping / count")
+@kills("kernels/history.py", "damping / count.to(gram.dtype)", "damping / count")
 def test_one_vector_is_a_rescaling():
     rule = Natural(history=1, damping=0.3)
     state = fresh(rule)
@@ -166,7 +166,7 @@ def test_one_vector_is_a_rescaling():
         torch.testing.assert_close(push(rule, state, g), 0.3 * g / 1.3, rtol=1e-12, atol=0)
 
 
-@kills("kernels/reference.py", "index_fill_(0, slot, 1.0)", "index_fill_(0, slot, -1.0)")
+@kills("kernels/history.py", "index_fill_(0, slot, 1.0)", "index_fill_(0, slot, -1.0)")
 @hypothesis_settings(max_examples=60)
 @given(
     seed=st.integers(0, 10**6),
@@ -186,8 +186,8 @@ def test_it_never_points_uphill(seed, rows, cols, history, damping, store):
             assert torch.isfinite(found).all() and float((found.double() * again.double()).sum()) > 0
 
 
-@kills("kernels/reference.py", "damping / count.to(gram.dtype)", "1 / count")
-@kills("kernels/reference.py", "upper=True)[:, 0] * damp", "upper=True)[:, 0] / trace")
+@kills("kernels/history.py", "damping / count.to(gram.dtype)", "1 / count")
+@kills("kernels/history.py", "upper=True)[:, 0] * damp", "upper=True)[:, 0] / trace")
 def test_large_damping_is_galore():
     """Of gradients whose lengths differ by orders: g~ is g, and Adam's direction GaLore's."""
     natural, adam = Natural(eps=1e-30, damping=1e6), Adam(eps=1e-30)
@@ -200,7 +200,7 @@ def test_large_damping_is_galore():
         torch.testing.assert_close(a, b, rtol=1e-4, atol=0)
 
 
-@kills("kernels/reference.py", "torch.where(trace > info.tiny / info.eps, 1 / trace, 0.0)", "1 / trace")
+@kills("kernels/history.py", "torch.where(trace > info.tiny / info.eps, 1 / trace, 0.0)", "1 / trace")
 @pytest.mark.parametrize("store", ["fp32", "bf16", "int8"])
 def test_a_zero_gradient_gives_zero(store):
     rule = Natural()
@@ -214,9 +214,9 @@ def test_a_zero_gradient_gives_zero(store):
     assert all(torch.isfinite(x.float()).all() for x in state.values())
 
 
-@kills("kernels/reference.py", 'g.to(wide) * h[Column.CLIP], state["slot"]', 'g.to(wide), state["slot"]')
-@kills("kernels/reference.py", "(g.to(wide) * h[Column.CLIP]).reshape(1, -1)", "g.to(wide).reshape(1, -1)")
-@kills("kernels/reference.py", "    row[Column.CLIP].fill_(1.0)\n", "")
+@kills("kernels/history.py", 'g.to(wide) * h[Column.CLIP], state["slot"]', 'g.to(wide), state["slot"]')
+@kills("kernels/history.py", "(g.to(wide) * h[Column.CLIP]).reshape(1, -1)", "g.to(wide).reshape(1, -1)")
+@kills("kernels/history.py", "    row[Column.CLIP].fill_(1.0)\n", "")
 def test_clipping_comes_before_everything():
     rule = Natural(eps=1e-30)
     a, b = fresh(rule), fresh(rule)
@@ -231,13 +231,13 @@ def test_clipping_comes_before_everything():
 
 
 @kills(
-    "kernels/reference.py",
+    "kernels/history.py",
     "torch.where(ok, _border(gram, slot, dots[1]), gram)",
     "_border(gram, slot, dots[1])",
 )
-@kills("kernels/reference.py", 'torch.where(ok, count, state["filled"])', "count")
-@kills("kernels/reference.py", "torch.where(ok, (slot + 1) % history, slot)", "(slot + 1) % history")
-@kills("kernels/reference.py", '"history", slot, g, h[Column.OK]', '"history", slot, g, h[Column.OK] + 1')
+@kills("kernels/history.py", 'torch.where(ok, count, state["filled"])', "count")
+@kills("kernels/history.py", "torch.where(ok, (slot + 1) % history, slot)", "(slot + 1) % history")
+@kills("kernels/history.py", '"history", slot, g, h[Column.OK]', '"history", slot, g, h[Column.OK] + 1')
 @pytest.mark.parametrize("store", ["fp32", "bf16", "int8"])
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
 def test_a_skipped_update_changes_nothing(store, bad):
@@ -251,8 +251,8 @@ def test_a_skipped_update_changes_nothing(store, bad):
         assert rule.step_(g, state, row(t), g.dtype).any()
 
 
-@kills("kernels/reference.py", "past.index_copy_(0, slot, g.reshape(1, -1))", "pass")
-@kills("kernels/reference.py", "dots[:-1, 1].index_copy(0, slot, dots[-1:, 1])", "dots[:-1, 0]")
+@kills("kernels/history.py", "past.index_copy_(0, slot, g.reshape(1, -1))", "pass")
+@kills("kernels/history.py", "dots[:-1, 1].index_copy(0, slot, dots[-1:, 1])", "dots[:-1, 0]")
 @pytest.mark.parametrize(("store", "off"), [("bf16", 0.01), ("int8", 0.05)])
 def test_a_small_store_is_within_rounding(store, off):
     """K is what is stored times itself; the newest gradient acts before it is rounded."""
