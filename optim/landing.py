@@ -172,11 +172,11 @@ class Landing:
             self.scalars.clip_each(clip, [x.unit for x in batch])
         elif clip and not self.in_backward:
             self.scalars.clip_all(clip, self.scalars.total(NORM_OF.get(mode, 1)))
-        dense: dict[tuple[Rule, bool], list[tuple[Unit, Tensor]]] = {}
+        dense: dict[Rule, list[tuple[Unit, Tensor]]] = {}
         for x in batch:
             u, r = x.unit, x.r
             if not u.projected:
-                dense.setdefault((u.rule, u.noise), []).append((u, r))
+                dense.setdefault(u.rule, []).append((u, r))
                 continue
             h, w = self.scalars.table[u.index], u.w
             n = u.rule.step_(r, u.state, h, w.dtype, partial(self.reduce.sum_parts, u.param))
@@ -186,14 +186,14 @@ class Landing:
                 continue
             keep = torch.where(h[Column.OK] > 0, h[Column.KEEP], 1.0) if u.decay else None
             u.lift_(n, keep, h)
-        for (rule, noise), some in dense.items():
+        for rule, some in dense.items():
             units = [u for u, _ in some]
             ws, states = [u.w for u in units], [u.state for u in units]
             key = tuple(u.index for u in units)
             if key not in self._plans:
                 self._plans[key] = kernels.plan(ws, states)
             table = self.scalars.table[self.scalars.rows(units)]
-            rule.update_(ws, [g for _, g in some], states, table, self._plans[key], noise)
+            rule.update_(ws, [g for _, g in some], states, table, self._plans[key], units[0].noise)
             for u in units:
                 if self.in_backward and u not in self._late:
                     u.param.grad = None

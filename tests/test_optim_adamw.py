@@ -325,7 +325,7 @@ def drift(dtype, rounding, updates=300):
 
 @kills("optim/attach.py", 'u.noise = cfg.rounding == "stochastic"', "u.noise = False")
 @kills("optim/attach.py", 'u.noise = cfg.rounding == "stochastic"', "u.noise = True")
-@kills("optim/landing.py", "self._plans[key], noise)", "self._plans[key], False)")
+@kills("optim/landing.py", "self._plans[key], units[0].noise)", "self._plans[key], False)")
 def test_every_bf16_weight_follows_a_low_rate():
     """Embedding, matrices, biases, gains, head; to nearest gains of 1 stay, and matrices lose most of it."""
     went, sigma, _ = drift(torch.bfloat16, "stochastic")
