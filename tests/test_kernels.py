@@ -96,6 +96,22 @@ def run(script, **env):
 )
 @kills("kernels/adam.py", "WHOLE=even and rows % blocks == 0", "WHOLE=even")
 @kills("kernels/adam.py", "WHOLE=even and rows % blocks == 0", "WHOLE=rows % blocks == 0")
+@kills("kernels/natural.py", "tl.where(own, kept, x) * kept", "x * kept")
+@kills("kernels/natural.py", "tl.where(own, g, x) * g", "x * g")
+@kills(
+    "kernels/natural.py",
+    "if tl.load(row + 3) > 0:\n        tl.store(history",
+    "if True:\n        tl.store(history",
+)
+@kills("kernels/natural.py", "if tl.load(row + 3) > 0:\n        gram", "if True:\n        gram")
+@kills("kernels/natural.py", "x - factor * top", "x + factor * top")
+@kills("kernels/natural.py", "(slot + 1) % S", "slot + 1")
+@kills("kernels/natural.py", "tl.where(eight == 2, 1.0, ", "tl.where(eight == 9, 1.0, ")
+@kills("kernels/natural.py", "tl.where(place == i, 0.0, ", "tl.where(place == S, 0.0, ")
+@kills("kernels/natural.py", "y = g * tl.load(w_ptr + place)", "y = g")
+@kills("kernels/natural.py", "            x = x * d\n", "            pass\n")
+@kills("kernels/natural.py", "kept = kept * d", "pass")
+@kills("kernels/natural.py", "return g.to(tl.float32) * tl.load(row + 2)", "return g.to(tl.float32)")
 def test_interpreted_kernels_equal_the_reference():
     code, out = run("interpreted.py", TRITON_INTERPRET="1")
     assert code == 0 and out.count("ok ") == 84, out
