@@ -10,6 +10,7 @@ from hypothesis import given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 
+import kernels
 from kernels import Column
 from optim import attach, moments
 from optim.refresh import Refresher
@@ -59,6 +60,32 @@ def push(rule, state, g, **scalars):
 
 
 # ---- the step
+
+
+@pytest.mark.parametrize("store", ["bf16", "int8"])
+@kills("kernels/history.py", "past.index_copy_(0, slot, g.reshape(1, -1))", "pass")
+@kills(
+    "kernels/history.py", "past.index_copy_(0, place, (g.to(wide) * h[Column.CLIP]).reshape(1, -1))", "pass"
+)
+@kills("kernels/history.py", "torch.cat([past.index_select(0, slot), stored])", "torch.cat([stored, stored])")
+@kills("kernels/history.py", "stored = past.index_select(0, slot)", "stored = g.reshape(1, -1).clone()")
+def test_this_gradient_enters_before_it_is_rounded(store):
+    """Products with it as it is for this update, as it is stored for the next; the mix has it as it is."""
+    rule, h = Natural(history=3), row(clip=0.5, dtype=torch.float32)
+    state = fresh(rule, (5, 40), store, torch.float32)
+    *before, g = gradients(5, (5, 40), dtype=torch.float32)
+    for x in before:
+        push(rule, state, x)
+    slot = int(state["slot"])
+    dots = kernels.natural_dots_(g, state, h)
+    past = moments.load(state, "history", torch.float32).flatten(1)
+    stored, g_ = past[slot].clone(), 0.5 * g.flatten()
+    assert 1e-4 < (stored - g_).norm() / g_.norm() < 0.05
+    want = torch.stack([past @ g_, past @ stored])
+    want[0, slot] = g_ @ g_
+    torch.testing.assert_close(dots, want, rtol=1e-5, atol=1e-5 * float(want.abs().max()))
+    only = torch.zeros(3).index_fill_(0, torch.tensor([slot]), 1.0)
+    assert torch.equal(kernels.natural_mix(g, state, only, torch.tensor([slot]), h), 0.5 * g)
 
 
 @pytest.mark.parametrize("history", [1, 2, 4, 7])
@@ -251,7 +278,6 @@ def test_a_skipped_update_changes_nothing(store, bad):
         assert rule.step_(g, state, row(t), g.dtype).any()
 
 
-@kills("kernels/history.py", "past.index_copy_(0, slot, g.reshape(1, -1))", "pass")
 @kills("kernels/history.py", "dots[:-1, 1].index_copy(0, slot, dots[-1:, 1])", "dots[:-1, 0]")
 @pytest.mark.parametrize(("store", "off"), [("bf16", 0.01), ("int8", 0.05)])
 def test_a_small_store_is_within_rounding(store, off):
