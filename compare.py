@@ -98,8 +98,10 @@ RUNS |= {
 }
 RUNS |= {
     f"adamw lr={lr:g}{more}": ("adamw", [f"optim.lr={lr}", "optim.beta2=0.95", *settings])
-    for more, settings in (("", []), (" rounding=nearest", ["optim.rounding=nearest"]))
-    for lr in (2.5e-4, 2e-3)
+    for lr, more, settings in (
+        (2.5e-4, "", []),
+        *((lr, " rounding=nearest", ["optim.rounding=nearest"]) for lr in (2.5e-4, 2e-3)),
+    )
 }
 RUNS |= {
     "adamw lr=0.008 scale=0.125": ("adamw", ["optim.lr=8e-3", "optim.scale=0.125", "optim.beta2=0.95"]),

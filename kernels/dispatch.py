@@ -163,7 +163,7 @@ def rows_(
     given = [t for t in (keep, factor) if t is not None]
     wide = {t.dtype for t in given}
     problem = f"{w.dtype} with {wide}" if w.dtype not in FLOATS or wide - {torch.float32} else ""
-    if choose([w, product], impl, FLOATS, problem) == "ref":
+    if choose([w, product, *given], impl, FLOATS, problem) == "ref":
         reference.rows_(w, product, keep, factor, h)
     else:
         from . import rows
@@ -224,9 +224,7 @@ def natural_weights_(
     dots: Tensor, state: State, h: Tensor, damping: float, impl: Impl = "auto"
 ) -> tuple[Tensor, Tensor, Tensor]:
     """history.natural_weights_, same arguments: w (s,), place (1,), h for the update."""
-    problem = "sums whose rows are not contiguous" if dots.stride(1) != 1 else ""
-    problem = f"dtype {dots.dtype} of the sums" if dots.dtype != torch.float32 else problem
-    if choose([state["gram"], h], impl, (torch.float32,), problem) == "ref":
+    if choose([dots, state["gram"], h], impl, (torch.float32,)) == "ref":
         return history.natural_weights_(dots, state, h, damping)
     from . import natural
 

@@ -36,9 +36,7 @@ def push_(
 
 def natural_dots_(
     g: Tensor,  # any shape, float dtype and strides
-    state: dict[
-        str, Tensor
-    ],  # "history" (s, *g.shape) in its store and "slot" (1,) int64, where g goes; in place
+    state: dict[str, Tensor],  # "history" and "slot", in place
     h: Tensor,  # (8,) Column
 ) -> Tensor:
     """(2, s) wide: products of the clipped g, and of g as it is stored, with the last s gradients as they are
@@ -56,7 +54,7 @@ def natural_dots_(
 
 def natural_weights_(
     dots: Tensor,  # (2, s) wide: natural_dots_, over all rows
-    state: dict[str, Tensor],  # "gram" (s, s) wide: K of what is stored, "slot", "filled" () int64; in place
+    state: dict[str, Tensor],  # "gram", "slot" and "filled", in place
     h: Tensor,  # (8,) Column
     damping: float,
 ) -> tuple[Tensor, Tensor, Tensor]:

@@ -32,7 +32,7 @@ def _gradient(
 ):  # fmt: skip
     """This program's tile of the clipped gradient, fp32, and of its column scale; where it is."""
     line, col, inside, mask, at, unit = tile(rows, cols, EVEN, BLOCKS, WIDTH)
-    mask = mask & (col < cols)[None, :]
+    mask = mask & (col < cols)[None, :]  # of the tile's shape, where EVEN too
     d = 1.0
     if SCALED:
         d = tl.load(d_ptr + col, mask=col < cols, other=1.0)[None, :]
@@ -111,7 +111,7 @@ def dots_kernel(
 
 @triton.jit
 def weights_kernel(
-    dots,  # (2, stride) fp32
+    dots,  # (2, S) fp32
     gram_ptr,  # (S, S) fp32, in place
     slot_ptr,  # (1,) int64, in place
     filled_ptr,  # () int64, in place
@@ -119,7 +119,6 @@ def weights_kernel(
     w_ptr,  # (S,) fp32, written
     place_ptr,  # (1,) int64, written: the slot as it was
     row_ptr,  # (8,) fp32, written: row with a clip coefficient of 1
-    stride,
     damping,
     SMALL: tl.constexpr,  # a trace below is zero
     S: tl.constexpr,
@@ -131,7 +130,7 @@ def weights_kernel(
     inside = (i < S) & (j < S)
     gram = tl.load(gram_ptr + i * S + j, mask=inside, other=0.0)
     fresh = tl.load(dots + one, mask=one < S, other=0.0)
-    held = tl.load(dots + stride + one, mask=one < S, other=0.0)
+    held = tl.load(dots + S + one, mask=one < S, other=0.0)
     system = tl.where(i == slot, fresh[None, :], tl.where(j == slot, fresh[:, None], gram))
     trace = tl.sum(tl.sum(tl.where(i == j, system, 0.0), 1), 0)
     system = system * tl.where(trace > SMALL, 1 / trace, 0.0)
@@ -213,7 +212,7 @@ def launch_dots(g: Tensor, state: dict[str, Tensor], h: Tensor) -> Tensor:
         g, history, state.get("history_scale"), state.get("d"), state["slot"], out, h, *g.shape, g.stride(0),
         P=size, **_kinds(g, state, blocks, width),
     )  # fmt: skip
-    return out.sum(0)[:, : len(history)]
+    return out.sum(0)[:, : len(history)].contiguous()  # ranks may sum it
 
 
 def launch_weights(
@@ -222,7 +221,7 @@ def launch_weights(
     gram, slot, info = state["gram"], state["slot"], torch.finfo(torch.float32)
     w, place, row = torch.empty_like(gram[0]), torch.empty_like(slot), torch.empty_like(h)
     weights_kernel[(1,)](
-        dots, gram, slot, state["filled"], h, w, place, row, dots.stride(0), damping,
+        dots, gram, slot, state["filled"], h, w, place, row, damping,
         SMALL=info.tiny / info.eps, S=len(gram), P=triton.next_power_of_2(len(gram)), num_warps=SOLVE_WARPS,
     )  # fmt: skip
     return w, place, row

@@ -204,6 +204,8 @@ def memory(e: Engine) -> list[str]:
         out.append("          their gradient needs y: each layer's output is kept for backward")
     if any(u.noise and u.param.dtype == torch.bfloat16 for u in e.units):
         out.append("rounding  bf16 weights stochastically, at every update")
+    if e.cfg.rounding == "nearest" and all(u.param.dtype != torch.bfloat16 for u in e.units):
+        out.append("rounding  optim.rounding=nearest changes nothing: no weight is bf16")
     if e.accum_steps > 1 and not e.bases and e.in_backward:
         whole = sum(math.prod(u.shape) * u.param.element_size() for u in e.units) / GIB
         out.append(f"gradients {whole:.2f} GiB are held over {e.accum_steps} micro-batches")

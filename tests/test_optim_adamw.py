@@ -342,6 +342,7 @@ def test_fp32_weights_are_rounded_one_way():
     assert torch.equal(weights(one), weights(other))
 
 
+@kills("optim/memory.py", "all(u.param.dtype != torch.bfloat16", "any(u.param.dtype == torch.bfloat16")
 @kills("optim/memory.py", "u.noise and u.param.dtype == torch.bfloat16", "u.noise")
 @kills("optim/memory.py", "u.noise and u.param.dtype == torch.bfloat16", "u.param.dtype == torch.bfloat16")
 def test_the_table_says_how_weights_are_rounded():
@@ -352,6 +353,9 @@ def test_the_table_says_how_weights_are_rounded():
         for rounding in ("stochastic", "nearest")
     }
     assert [key for key, found in said.items() if found] == [(torch.bfloat16, "stochastic")]
+    for dtype, rounding in said:
+        idle = "changes nothing" in attach(small(dtype), "adamw", rounding=rounding).table()
+        assert idle == ((dtype, rounding) == (torch.float32, "nearest"))
 
 
 @kills("kernels/reference.py", "return m / h[Column.FIX1]", "return m")

@@ -97,7 +97,7 @@ def cases():
     for history in (64,):
         arguments = dict.fromkeys(("dots", "gram_ptr", "row", "w_ptr", "row_ptr"), "*fp32")
         arguments |= dict.fromkeys(("slot_ptr", "filled_ptr", "place_ptr"), "*i64")
-        arguments |= {"stride": "i32", "damping": "fp32"}
+        arguments |= {"damping": "fp32"}
         constants = {"SMALL": 1e-31, "S": history, "P": history}
         yield natural.weights_kernel, arguments, constants, natural.SOLVE_WARPS, None, f"solve {history}"
     for (weight, direction, noise), (size, decay) in itertools.product(
