@@ -26,7 +26,16 @@ from .engine import Engine
 log = logging.getLogger("subspan")
 EAGER = 2  # steps of this process before a capture: they compile the model, and make what lasts
 QUIET = 20  # and after tensors were replaced, which may go on: a capture costs as much as two of them
-MOST = 600  # blocks times micro-batches in all graphs: 10 kB and, once, 50 microseconds a launch in it
+PASSES = 25  # blocks times micro-batches in all graphs, a GB: some 100 launches each, 10 kB a launch
+
+
+def most_passes(device: torch.device) -> float:
+    """Blocks times micro-batches that the graphs may hold, so that they take some 2.5% of the memory that
+    this process may use: 600 on a card of 24 GB, 3,700 on an H200. A CPU holds as many as the former."""
+    if device.type != "cuda":
+        return 24 * PASSES
+    share = torch.cuda.get_per_process_memory_fraction(device)
+    return PASSES * share * torch.cuda.get_device_properties(device).total_memory / 1e9
 
 
 @dataclass
@@ -42,8 +51,9 @@ class Steps:
 
     def __init__(self, opt: Engine, wanted: bool, passes: int = 1) -> None:
         """passes: through blocks in a step."""
-        self.opt, self.wanted = opt, wanted and passes <= MOST
-        self.refreshes = passes * (1 + opt.turns) <= MOST
+        most = most_passes(opt.scalars.table.device)
+        self.opt, self.wanted = opt, wanted and passes <= most
+        self.refreshes = passes * (1 + opt.turns) <= most
         self.graphs: dict[int, Graph] = {}  # by Engine.kind
         self.version = opt.version  # that they belong to
         self.wait = EAGER  # steps until one may be captured

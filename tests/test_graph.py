@@ -5,6 +5,7 @@ capture it, test_graph_gpu.py shows.
 """
 
 from contextlib import contextmanager, nullcontext
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -177,12 +178,26 @@ def test_a_process_that_goes_on_runs_two_steps_before_it_captures():
 
 
 def test_few_graphs_for_many_blocks(monkeypatch):
-    """Beyond MOST passes the steps of refreshes run outside, and beyond it without them all do."""
+    """Beyond the most passes the steps of refreshes run outside, and beyond it without them all do."""
     for most, kinds in ((12, {-1, 0, 1}), (11, {-1}), (3, set())):
-        monkeypatch.setattr(optim.graph, "MOST", most)
+        monkeypatch.setattr(optim.graph, "most_passes", lambda device, most=most: most)
         t = Training("galore", True)
         t.train(9)
         assert set(t.runner.graphs) == kinds
+
+
+@kills("optim/graph.py", "PASSES * share * torch", "PASSES * torch")
+def test_how_many_a_card_holds(monkeypatch):
+    """By the memory that the process may use: at 7B the refreshes, 33 graphs of 32 blocks, not in 24 GB."""
+    share = [1.0]
+    monkeypatch.setattr(torch.cuda, "get_per_process_memory_fraction", lambda device: share[0])
+    monkeypatch.setattr(
+        torch.cuda, "get_device_properties", lambda device: SimpleNamespace(total_memory=150 * 10**9)
+    )
+    assert optim.graph.most_passes(torch.device("cuda")) > 33 * 32
+    share[0] = 24 / 150
+    assert optim.graph.most_passes(torch.device("cuda")) == pytest.approx(600)
+    assert optim.graph.most_passes(torch.device("cpu")) == 600
 
 
 @kills("optim/graph.py", "            opt.zero_grad()\n            self.drop()", "            self.drop()")
