@@ -13,10 +13,11 @@ card, is not measured again. `optim` names other methods, `peers` what stands be
 another of our methods, transformers, bitsandbytes, bitsandbytes_32bit, liger, liger_checkpointing,
 galore_torch, apollo_torch. Each peer is measured in a process of its own: Liger replaces what others run too.
 
-Bases are replaced every 200 steps, and the first round is in the timed blocks: in it 32 of 200 steps at 7b
-replace those of a block. Settings of one side follow it after a plus: optim=galore_8bit+optim.lift=deferred.
-`tokens`: of each of a step's `micro_batches` (1). `warm`: steps of each method before the timed ones, by
-default 450 but at 7B, after which every kind of step has been captured as a CUDA graph.
+Steps that replace the bases of a block, and those that do not, are measured apart, after the first round of
+bases, when both are CUDA graphs, and weighted as if bases were replaced every 200 steps: at 7b 32 of 200
+replace a block's. A side with a refresh_every of its own, and adarankgrad, are timed as they run. Settings of
+one side follow it after a plus: optim=galore_8bit+optim.lift=deferred. `tokens`: of each of a step's
+`micro_batches` (1). `warm`: steps of each method before the timed ones.
 `profile` says where the time goes; with optim=METHOD+graph=off by shapes of products too.
 
 FOLDER comes from `python -m data.prepare`; without one the bundled sample is prepared. Each row of the record
@@ -56,7 +57,7 @@ from train import Run
 
 # model: (tokens a step, sequences a micro-batch)
 CASES = {"llama_60m": (65_536, 256), "llama_1b": (4_096, 16), "llama_7b": (4_096, 16)}
-WARM = {"llama_7b": 0}  # two minutes a method, and launches do not bind there
+EVERY = 200  # steps that a basis lives
 KEYS = "data out cases pairs loader optim peers tokens micro_batches warm commit profile saves"
 BLOCK_S = 2.0  # seconds of steps in a block
 PACKAGES = ("torch", "triton", "transformers", "bitsandbytes", "liger-kernel")
@@ -85,8 +86,26 @@ class Ours:
             ]
         ).resolved()
         self.run = Run(cfg, Comm.from_env(), Path(self.scratch.name), None)
-        self.done = 0
+        self.done, self.weighted, self.settled = 0, False, 10
         self.ends: list[tuple[bool, torch.cuda.Event]] = []  # of steps; whether bases were found in it
+
+    def weigh(self) -> None:
+        """Steps with a refresh count as if bases were replaced every EVERY steps, not twice as many steps as
+        there are blocks; `settled` steps capture every kind of step."""
+        self.weighted, self.settled = True, 2 * self.run.opt.turns + 6
+
+    def block(self, n: int) -> float:
+        """Seconds a step over n steps."""
+        first = len(self.ends)
+        wall = timed(self, n)
+        if not self.weighted:
+            return wall
+        kinds: dict[bool, list[float]] = {False: [], True: []}
+        for (_, before), (refresh, end) in zip(self.ends[first:], self.ends[first + 1 :], strict=False):
+            kinds[refresh].append(before.elapsed_time(end) / 1e3)
+        share = self.run.opt.turns / EVERY
+        plain = sum(kinds[False]) / len(kinds[False])  # the mean: some of them write the log
+        return (1 - share) * plain + share * median(kinds[True])  # some of them may be captured
 
     def steps(self, n: int) -> None:
         for _ in range(n):
@@ -128,14 +147,24 @@ def sizes(model: str, tokens: int | None, parts: int) -> tuple[int, int]:
 
 
 def make_side(side: str, model: str, step: int, micro: int, folder: str, steps: int = 100_000) -> Ours:
-    """METHOD[+KEY=VALUE...]; without others adamw's moments are bf16 and bases replaced every 200 steps."""
+    """METHOD[+KEY=VALUE...]; without others adamw's moments are bf16."""
     method, *more = side.split("+")
     usual = {"optim.moments": "bf16"} if method == "adamw" else {}
-    if hasattr(METHODS[method].config, "refresh_every"):
-        usual["optim.refresh_every"] = "200"
-    given = {m.partition("=")[0] for m in more}
+    given, config = {m.partition("=")[0] for m in more}, METHODS[method].config
+    weigh = "optim.refresh_every" not in given and hasattr(config, "refresh_every")
+    if weigh and hasattr(config, "adapt_refresh"):
+        weigh, usual["optim.refresh_every"] = False, str(EVERY)
+    elif weigh:
+        layers = parse([f"model={model}", "data=sample"]).model.num_hidden_layers
+        usual |= {
+            "optim.refresh_every": str(2 * layers),
+            "optim.warmup": "0",
+        }  # a first round of as many steps
     more += [f"{k}={v}" for k, v in usual.items() if k not in given]
-    return Ours(model, step, micro, folder, [f"optim={method}", *more], steps)
+    side_ = Ours(model, step, micro, folder, [f"optim={method}", *more], steps)
+    if weigh:
+        side_.weigh()
+    return side_
 
 
 def settings(side: Ours) -> dict[str, Any]:
@@ -143,6 +172,8 @@ def settings(side: Ours) -> dict[str, Any]:
     o, opt = side.run.cfg.optim, side.run.opt
     keys = ("refresh_every", "side", "share", "lift", "rounding", "moments", "embed_moments")
     row = {k: getattr(o, k) for k in keys if hasattr(o, k)}
+    if side.weighted:
+        row |= {"refresh_every": EVERY, "refresh": "measured apart, weighted"}
     if opt.bases:
         row["bases"] = str(opt.bases[0].qs.dtype).removeprefix("torch.")
     how = side.run.cfg.activations
@@ -150,7 +181,14 @@ def settings(side: Ours) -> dict[str, Any]:
 
 
 def compare_methods(
-    model: str, methods: str, peer: str, folder: str, pairs: int, tokens: int | None, parts: int, warm: int
+    model: str,
+    methods: str,
+    peer: str,
+    folder: str,
+    pairs: int,
+    tokens: int | None,
+    parts: int,
+    warm: int | None,
 ) -> list[dict[str, Any]]:
     """Methods beside one of PEERS or another method: a row each."""
     step, micro = sizes(model, tokens, parts)
@@ -172,34 +210,34 @@ def in_a_process(job: Callable[[], Any]) -> Any:
         return pool.submit(job).result()
 
 
-def alternate(makers: dict[str, Any], tokens: int, pairs: int, warm: int = 0) -> list[dict[str, Any]]:
-    """All sides in turn: medians of their blocks, and of each pair the ratio. A row for each but the peer;
-    they train for `warm` steps before their first block."""
+def alternate(makers: dict[str, Any], tokens: int, pairs: int, warm: int | None) -> list[dict[str, Any]]:
+    """All sides in turn: medians of their blocks, and of each pair the ratio. A row for each but the peer."""
     sides: dict[str, Any] = {}
-    peaks, static, held, counts = {}, {}, {}, {}
+    peaks, static, held, card, counts = {}, {}, {}, {}, {}
     for name, make in makers.items():
         before, reserved = torch.cuda.memory_allocated(), torch.cuda.memory_reserved()
         torch.cuda.reset_peak_memory_stats()
+        free, _ = torch.cuda.mem_get_info()
         sides[name] = make()
         sides[name].steps(4)  # compiles
         torch.cuda.synchronize()
         static[name] = (torch.cuda.memory_allocated() - before) / 2**30
-        counts[name] = max(5, round(BLOCK_S / timed(sides[name], 5)))
+        counts[name] = max(6, round(BLOCK_S / timed(sides[name], 5)))
+        if isinstance(sides[name], Ours):
+            sides[name].steps(sides[name].settled if warm is None else warm)
+            sides[name].ends.clear()
         peaks[name] = (torch.cuda.max_memory_allocated() - before) / 2**30  # `before`: the other side's
         torch.cuda.empty_cache()
         held[name] = (torch.cuda.memory_reserved() - reserved) / 2**30
-    for name, side in sides.items():
-        if name != "peer":
-            side.steps(warm)
-            if warm:
-                side.ends.clear()
+        card[name] = (free - torch.cuda.mem_get_info()[0]) / 2**30
     times: dict[str, list[float]] = {name: [] for name in sides}
     for _ in range(pairs):
         for name, side in sides.items():
-            times[name].append(timed(side, counts[name]))
+            one = side.block if isinstance(side, Ours) else partial(timed, side)
+            times[name].append(one(counts[name]))
     rows = []
     for name in [name for name in sides if name != "peer"]:
-        row = settings(sides[name]) | ({"warm_steps": warm} if warm else {})
+        row = settings(sides[name]) | ({} if warm is None else {"warm_steps": warm})
         opt = getattr(getattr(sides[name], "run", None), "opt", None)
         if opt is not None and opt.bases:
             row |= {"bases_found": list(opt.first_round), **sides[name].refreshes()}
@@ -213,6 +251,7 @@ def alternate(makers: dict[str, Any], tokens: int, pairs: int, warm: int = 0) ->
             "peer_peak_gib": round(peaks["peer"], 2),
             "static_gib": round(static[name], 2),
             "reserved_gib": round(held[name], 2),  # by the allocator, after what is free was given back
+            "card_gib": round(card[name], 2),  # with CUDA's own, graphs among it
             "peer_static_gib": round(static["peer"], 2),
             "ms": [round(1e3 * t, 2) for t in times[name]],
             "peer_ms": [round(1e3 * t, 2) for t in times["peer"]],
@@ -417,10 +456,10 @@ def main(argv: list[str]) -> int:
     pairs, parts = (int(args.get(k, n)) for k, n in (("pairs", 5), ("micro_batches", 1)))
 
     def compared(model: str, methods: str, peer: str) -> None:
-        warm = int(args.get("warm", WARM.get(model, 450)))
+        warm = int(args["warm"]) if "warm" in args else None
         every = f"{parts} x {tokens or CASES[model][0]} tokens"
         job = partial(compare_methods, model, methods, peer, args["data"], pairs, tokens, parts, warm)
-        name = f"{model} {methods} beside {peer}, {every}, warm {warm}"
+        name = f"{model} {methods} beside {peer}, {every}" + (f", warm {warm}" if warm else "")
         jobs[name] = partial(in_a_process, job) if peer in PEERS else job
 
     for model in args.get("cases", ",".join(CASES)).split(","):

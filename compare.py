@@ -73,7 +73,15 @@ RUNS |= {
         ),
         *((m, 0.001, []) for m in ("galore_8bit", "gradnormlorp_8bit")),
         *(("galore_8bit", 0.01, [f"rank={r}"]) for r in (64, 88)),  # adarankgrad's least, and its mean
-        *(("natural_galore_8bit", 0.01, [x]) for x in ("damping=0.1", "damping=10", "history=16")),
+        *(
+            ("natural_galore_8bit", lr, more)
+            for lr in (0.005, 0.01, 0.02)
+            for more in (
+                *([f"damping={d}"] for d in (0.1, 3, 10, 30, 100)),
+                ["history=16"],
+                ["history=16", "damping=10"],
+            )
+        ),
         *(("adarankgrad_8bit", 0.01, [f"energy={e}", "rank_min=8"]) for e in (0.52, 0.77, 0.9)),
         ("adarankgrad_8bit", 0.01, ["adapt_rank=false"]),
         ("adarankgrad_8bit", 0.01, ["adapt_refresh=false"]),
@@ -84,6 +92,11 @@ VELORA = [  # method, rate, scale, group; sub-tokens of 8 to 172 numbers
     *(("galore_8bit", lr, 0.5, None) for lr in LRS["galore_8bit"]),
     ("adamw", 8e-3, 0.125, None),
     *(("galore_8bit", 1e-2, None, g) for g in ("8", "16", "{v:64,down:86}", "{v:128,down:172}")),
+    *(("galore_8bit", *x, "8") for x in ((5e-3, None), (5e-3, 0.5))),
+    *(
+        (m, lr, None, "8")
+        for m, lr in (("adamw", 2e-3), ("gradnormlorp_8bit", 1e-2), ("gradnormlorp_8bit", 5e-3))
+    ),
 ]
 RUNS |= {
     " ".join(
@@ -104,7 +117,13 @@ RUNS |= {
     )
 }
 RUNS |= {
-    "adamw lr=0.008 scale=0.125": ("adamw", ["optim.lr=8e-3", "optim.scale=0.125", "optim.beta2=0.95"]),
+    f"adamw lr={lr:g} scale={scale}": (
+        "adamw",
+        [f"optim.lr={lr}", f"optim.scale={scale}", "optim.beta2=0.95"],
+    )
+    for lr, scale in ((4e-3, 0.25), (8e-3, 0.25), (8e-3, 0.125), (1.6e-2, 0.125))
+}
+RUNS |= {
     "adamw fp32 lr=0.002": ("adamw", ["optim.lr=2e-3", "optim.beta2=0.95", "weights=fp32"]),
     "adamw fp32 lr=0.001": ("adamw", ["optim.lr=1e-3", "optim.beta2=0.95", "weights=fp32"]),
     "adamw fp32 lr=0.002 clip=1": (

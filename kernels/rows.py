@@ -13,6 +13,8 @@ from torch import Tensor
 from .adam import TILE, WARPS, _step, bits, stochastic, tile
 
 LANES = 256
+# On an H200, 11008 rows: sums of 1024 numbers each 19.9 us (8 rows, 256 wide: 22.9); vectors 6.5 (256: 7.3).
+LONG, SHORT = 512, 128
 
 
 @triton.jit
@@ -86,23 +88,20 @@ def sums_kernel(
     rows,
     cols,
     stride,
-    LINES: tl.constexpr,
     WIDTH: tl.constexpr,
 ):
-    line = tl.program_id(0) * LINES + tl.arange(0, LINES)
+    line = tl.program_id(0).to(tl.int64)
     lane = tl.arange(0, WIDTH)
-    along = tl.zeros((LINES, WIDTH), tl.float32)
-    square = tl.zeros((LINES, WIDTH), tl.float32)
+    along = tl.zeros((WIDTH,), tl.float32)
+    square = tl.zeros((WIDTH,), tl.float32)
     for start in range(0, cols, WIDTH):
         col = start + lane
-        mask = (line < rows)[:, None] & (col < cols)[None, :]
-        x = tl.load(x_ptr + line.to(tl.int64)[:, None] * cols + col[None, :], mask=mask, other=0)
-        a = tl.load(a_ptr + line.to(tl.int64)[:, None] * stride + col[None, :], mask=mask, other=0)
-        x = x.to(tl.float32)
-        along += x * a.to(tl.float32)
+        x = tl.load(x_ptr + line * cols + col, mask=col < cols, other=0).to(tl.float32)
+        a = tl.load(a_ptr + line * stride + col, mask=col < cols, other=0).to(tl.float32)
+        along += x * a
         square += x * x
-    tl.store(out_ptr + line, tl.sum(along, 1), mask=line < rows)
-    tl.store(out_ptr + rows + line, tl.sum(square, 1), mask=line < rows)
+    tl.store(out_ptr + line, tl.sum(along, 0))
+    tl.store(out_ptr + rows + line, tl.sum(square, 0))
 
 
 @triton.jit
@@ -166,10 +165,7 @@ def launch_sums(step: Tensor, a: Tensor) -> Tensor:
     rows, cols = step.shape
     out = torch.empty(2, rows, dtype=torch.float32, device=step.device)
     if rows:
-        lines = TILE // LANES
-        sums_kernel[(triton.cdiv(rows, lines),)](
-            step, a, out, rows, cols, a.stride(0), LINES=lines, WIDTH=LANES, num_warps=WARPS
-        )
+        sums_kernel[(rows,)](step, a, out, rows, cols, a.stride(0), WIDTH=LONG, num_warps=1)
     return out
 
 
@@ -179,9 +175,9 @@ def launch_magnitude(
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     keep, factor = torch.empty_like(s), torch.empty_like(s)
     if len(s):
-        magnitude_kernel[(triton.cdiv(len(s), LANES),)](
+        magnitude_kernel[(triton.cdiv(len(s), SHORT),)](
             state["mag"], state["n"], state["mag_m"], state["mag_v"], s, sums, keep, factor, h, len(s),
-            rate, least, beta1, 1 - beta1, beta2, 1 - beta2, eps, WIDTH=LANES, num_warps=1,
+            rate, least, beta1, 1 - beta1, beta2, 1 - beta2, eps, WIDTH=SHORT, num_warps=1,
         )  # fmt: skip
     return keep, factor
 

@@ -54,6 +54,7 @@ BETA = 0.9  # of the moving average
 MARGIN = 0.95  # a fall by less is noise
 SHORTEST = 4  # a basis lives for refresh_every / SHORTEST steps or more
 LAG = 10  # steps between two looks, and from a look to its reading
+SPARE = 1 / 8  # of the room of all bases: that much, not in use, is given back
 
 
 @dataclass
@@ -108,7 +109,7 @@ class AdaRank:
         if b.fresh or not self.cfg.adapt_rank:
             return None
         least = self.cfg.rank_min or -(-b.most // 2)
-        return Ranks(self.cfg.energy, self.step(b), least, b.r if self.cfg.monotone else b.most)
+        return Ranks(self.cfg.energy, self.step(b), least, b.rank if self.cfg.monotone else b.most, b.r)
 
     def step(self, b: Basis) -> int:
         return self.cfg.rank_step or default_rank_step(b.most)
@@ -158,7 +159,7 @@ class AdaRank:
     def look(self, update: int) -> None:
         """Ends an update. Now and then: reads what the last look saw, and looks again."""
         for b in self.bases:
-            self.lives[b.index].ranks += b.r
+            self.lives[b.index].ranks += b.rank
         if (update + 1) % self.lag:
             return
         if self._copied is not None:
@@ -176,18 +177,36 @@ class AdaRank:
             self._copied = torch.cuda.Event()
             self._copied.record()
 
+    def resize(self, updates: int) -> list[Basis]:
+        """After so many updates: which bases have room for another number of columns now, and their units'
+        tensors with them."""
+        if updates % self.every or not self.cfg.adapt_rank:
+            return []
+        room = sum(b.r * size for b, size in zip(self.bases, self.sizes, strict=True))
+        spare = [(b.r - b.asked) * size for b, size in zip(self.bases, self.sizes, strict=True)]
+        if min(spare) >= 0 and sum(spare) < room * SPARE:
+            return []
+        changed = [b for b in self.bases if b.asked != b.r]
+        for b in changed:
+            b.resize(b.asked)
+        for u in dict.fromkeys(u for b in changed for u in b.units):
+            u.resize()
+        return changed
+
     # ---- saved
 
     def saved(self) -> dict[str, Tensor]:
         """Of every basis a number each."""
         held = {k: getattr(self, k) for k in ("average", "reference", "threshold", "below")}
+        held["asked"] = torch.tensor([b.asked for b in self.bases])
         return held | {k: torch.tensor([vars(life)[k] for life in self.lives]) for k in vars(Life())}
 
     def load_(self, state: dict[str, Tensor]) -> None:
         for k in ("average", "reference", "threshold", "below"):
             getattr(self, k).copy_(state[k])
-        for n, life in enumerate(self.lives):
+        for n, (b, life) in enumerate(zip(self.bases, self.lives, strict=True)):
             vars(life).update({k: int(state[k][n]) for k in vars(life)})
+            b.asked = int(state["asked"][n])
         self._send()
 
     # ---- measures
@@ -212,7 +231,7 @@ class AdaRank:
         for b in some:
             u, mean = b.units[0], self.lives[b.index].ranks / updates
             name = u.name.removesuffix(".weight") + (f"/{b.side}" if len(u.bases) > 1 else "")
-            found[f"rank/{name}"] = float(b.r)
+            found[f"rank/{name}"] = float(b.rank)
             found[f"effective_rank/{name}"] = mean
             found[f"memory_reduction/{name}"] = (b.most - mean) * self.sizes[b.index]
         return found

@@ -132,6 +132,12 @@ class Engine(Landing, torch.optim.Optimizer):
             self.adarank.place(self.scalars.table.device, self.scalars.dtype)
         self._plans: dict[tuple[int, ...], Any] = {}
 
+    def rearrange(self, bases: list[Basis]) -> None:
+        """These and their units have other tensors now: leaves, layers and captured steps must follow."""
+        for u in dict.fromkeys(u for b in bases for u in b.units):
+            u.place(self._hook(u))
+        self.version += bool(bases)
+
     def _note_move(self) -> None:
         self._moved = True
 
@@ -164,10 +170,7 @@ class Engine(Landing, torch.optim.Optimizer):
     def _prepare(self) -> None:
         """An empty queue, and the bases that the next step replaces."""
         self._empty()
-        for u in dict.fromkeys(u for b in self.refresher.resized for u in b.units):
-            u.place(self._hook(u))
-        self.version += bool(self.refresher.resized)
-        self.refresher.resized, self.refresher.replaced = [], []
+        self.refresher.replaced = []
         for b in self.bases:
             together = getattr(self.cfg, "refresh", "") == "together"
             if a := b.units[0].adapter:
@@ -266,7 +269,9 @@ class Engine(Landing, torch.optim.Optimizer):
         a.begin(self._tried, self.updates)
         a.look(self.updates)
         done = self.updates + 1
-        if self.refresher.resized or not self._saved:
+        if resized := a.resize(done):
+            self.rearrange(resized)
+        if resized or not self._saved:
             self._saved = {"saved_mib": memory.saved(self) / 2**20}
         shown = self.bases if done == 1 else self.refresher.replaced
         return a.measures(done) | self._saved | a.layers(shown, done)

@@ -24,8 +24,7 @@ from . import kernels
 from .engine import Engine
 
 log = logging.getLogger("subspan")
-EAGER = 2  # steps of this process before a capture: they compile the model, and make what lasts
-QUIET = 20  # and after tensors were replaced, which may go on: a capture costs as much as two of them
+EAGER = 2  # steps before a capture, of this process and after tensors were replaced: they make what lasts
 PASSES = 25  # blocks times micro-batches in all graphs, a GB: some 100 launches each, 10 kB a launch
 
 
@@ -67,7 +66,7 @@ class Steps:
         opt = self.opt
         if self.version != opt.version:
             self.drop()
-            self.wait = QUIET
+            self.wait = EAGER
         kind = opt.kind
         if not self.wanted or self.wait or kind is None or kind >= 0 and not self.refreshes:
             return self._outside(work)

@@ -142,8 +142,8 @@ def table(e: Engine) -> str:
         elif u.projected:
             shared = len(u.q.units) if u.q else 1
             side = "velora" if u.grouped else "both" if u.q and u.p else "input" if u.q else "output"
-            basis, rank = side + (f":{shared}" if shared > 1 else ""), str(min(b.r for b in u.bases))
-            ranks = [min(b.r for b in v.bases) for v in units]
+            basis, rank = side + (f":{shared}" if shared > 1 else ""), str(min(b.rank for b in u.bases))
+            ranks = [min(b.rank for b in v.bases) for v in units]
             if len(set(ranks)) > 1:  # the mean
                 rank = f"~{sum(ranks) / len(ranks):.0f}"
         elif u.why:

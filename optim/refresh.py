@@ -50,7 +50,6 @@ class Refresher:
         self.finder, self.transport, self.seed, self.reduce = finder, transport, seed, reduce
         self.ranks = ranks
         self.replaced: list[Basis] = []
-        self.resized: list[Basis] = []  # since their units were placed
         self.held: Held = {}
         self.overlaps: list[Tensor] = []
         self.kept = 0  # bases not replaced for a gradient that is zero or not finite, ever
@@ -82,13 +81,14 @@ class Refresher:
         last bits between cards.
         """
         wide = torch.promote_types(b.qs.dtype, torch.float32)
-        old = b.own[:, : b.r].to(wide, copy=True)  # replaced in place below
+        old = b.own[:, : b.rank].to(wide, copy=True)  # replaced in place below
         with self._timed(b.qs.device):
             whole = [
                 self.reduce.gather_rows(u.param, g)[:, : u.size[1]] for u, g in zip(b.units, gs, strict=True)
             ]
             owner = b.index % self.reduce.world
-            q, kept, outcome = b.own[:, : b.r].contiguous(), torch.arange(b.r, device=old.device), 0
+            q, kept = b.own[:, : b.rank].contiguous(), torch.arange(b.rank, device=old.device)
+            outcome, asked = 0, b.asked
             if self.reduce.rank == owner:
                 found = subspace.find(
                     whole if b.side == "input" else [g.t() for g in whole],
@@ -98,11 +98,12 @@ class Refresher:
                     first=b.fresh,
                     ranks=self.ranks(b) if self.ranks else None,
                 )
-                q, kept, outcome = found.q.to(b.qs.dtype).contiguous(), found.kept, found.outcome
+                q, kept = found.q.to(b.qs.dtype).contiguous(), found.kept
+                outcome, asked = found.outcome, found.asked
             if self.reduce.world > 1:
-                told = torch.tensor([outcome, q.shape[1]], device=q.device)
+                told = torch.tensor([outcome, q.shape[1], asked], device=q.device)
                 self.reduce.from_owner_(told, owner)
-                outcome, r = told.tolist()
+                outcome, r, asked = told.tolist()
                 if q.shape[1] != r:
                     q, kept = q.new_empty(b.n, r), kept.new_empty(r)
                 self.reduce.from_owner_(q, owner)
@@ -114,8 +115,7 @@ class Refresher:
             self.fallbacks += outcome == subspace.FALLBACK
             first, b.fresh, b.count = b.fresh, False, b.count + 1
             self.replaced.append(b)
-            if q.shape[1] != b.r:
-                self.resized.append(b)
+            b.asked = asked
             b.replace_(q, self.seed)
             c = old.t() @ q.to(wide)
             self.overlaps.append(subspace.overlap(c))
@@ -130,7 +130,7 @@ class Refresher:
             return [(u, policy == "reset") for u in b.units]
 
     def _carry(self, u: Unit, b: Basis, g: Tensor, c: Tensor, policy: str) -> None:
-        """Moments into the new basis; for 8-bit ones the column scale of R = G Q_new."""
+        """Moments into the new basis; for 8-bit ones the column scale of R = G Q_new. c: Q_old^T Q_new."""
         if policy == "reset" and u.mag:
             magnitude.restart(u)
         d = self._column_scale(u, u.coordinates(g)) if "d" in u.state and b.side == "input" else None
@@ -139,16 +139,16 @@ class Refresher:
                 kernels.rescale_(u.state, u.rule.moments, d)
             u.rule.moved_(u.state, False)
             return
-        yes, dim = torch.ones((), device=c.device), -1 if b.side == "input" else 0
-        values = {k: moments.load(u.state, k, c.dtype) for k in u.rule.stored}
-        u.resize()
+        yes, dim = torch.ones((), device=c.device), -1 if b.side == "input" else -2
+        used = {k: moments.load(u.state, k, c.dtype).narrow(dim, 0, len(c)) for k in u.rule.stored}
         if d is not None:
             u.state["d"].copy_(d)
-        for k, x in values.items():
+        for k, x in used.items():
             m, v = (None, x) if k in kernels.SECOND else (x, None)
             m, v = subspace.transport(m, v, c, policy, dim)
             moved = m if v is None else v
             assert moved is not None
+            moved = nn.functional.pad(moved, (0, 0) * (-1 - dim) + (0, b.r - b.rank))  # columns not in use
             moments.save_(u.state, k, moved, yes, yes * b.count, yes * u.index)
         u.rule.moved_(u.state, policy != "reset", partial(self.reduce.sum_parts, u.param))
 

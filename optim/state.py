@@ -81,7 +81,7 @@ def restore(e: Engine, saved: dict[str, Any]) -> None:
         a.load_(state[a.name])
     if e.adarank:
         e.adarank.load_(state[LIVES])
-        e.refresher.resized += e.bases
+        e.rearrange(e.bases)
     own, r = state[ENGINE], e.refresher
     e.scalars.norm.copy_(own["norm"])
     e.scalars.in_a_row.copy_(own["in_a_row"])
@@ -95,7 +95,7 @@ def restore(e: Engine, saved: dict[str, Any]) -> None:
 
 def _resize(e: Engine, state: dict[str, dict[str, Tensor]]) -> None:
     """Checks, and makes room for a save whose bases have other ranks, which they may."""
-    bases = [(b, b.r, b.qs, b.cross) for b in e.bases]
+    bases = [(b, b.r, b.rank, b.qs, b.cross) for b in e.bases]
     units = [(u, dict(u.state)) for u in e.units if u.projected]
     try:
         for b in e.bases:
@@ -106,8 +106,8 @@ def _resize(e: Engine, state: dict[str, dict[str, Tensor]]) -> None:
             u.resize()
         _check(e, state)
     except ValueError:
-        for b, r, qs, cross in bases:
-            b.r, b.qs, b.cross = r, qs, cross
+        for b, r, rank, qs, cross in bases:
+            b.r, b.rank, b.qs, b.cross = r, rank, qs, cross
         for u, kept in units:
             u.state |= kept
         raise

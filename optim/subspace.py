@@ -44,6 +44,7 @@ class Ranks(NamedTuple):
     step: int
     least: int
     most: int
+    room: int | None = None  # columns that the basis can have now; None: most
 
     def choose(self, held: list[float]) -> int:
         """held[i]: the share in the i + 1 leading directions; `most` numbers."""
@@ -54,6 +55,7 @@ class Ranks(NamedTuple):
 
 class Found(NamedTuple):
     q: Tensor  # (n, r) fp32 or float64, orthonormal columns
+    asked: int  # rank: r, or more than there was room for
     kept: Tensor  # (r,) int64: the column of the old basis that each continues; -1: none
     outcome: int  # FOUND | FALLBACK: Householder QR, or not the finder asked for | KEPT: q is the old basis
 
@@ -104,8 +106,8 @@ def find(
     seed    of the randomized finder
     first   `old` is random: the largest entry of each column is made positive. Otherwise the diagonal of
             old^T q is, so that moments keep their sign
-    ranks   r is chosen, and the columns continue the r of the old basis that the new span holds most of, in
-            their order; None: r is old's
+    ranks   r is chosen, as far as there is room, and the columns continue the r of the old basis that the new
+            span holds most of, in their order; None: r is old's
 
     The old basis stays (KEPT) where G holds a NaN or an infinity, is all zero, or nothing worked. The host
     waits for the device once, at the end; "svd" and "randomized" wait inside too.
@@ -137,11 +139,12 @@ def find(
         if not 0 < largest < float("inf"):
             break
         if error <= LIMIT and not any(failed):
-            kept = torch.arange(q_old.shape[1], device=q.device)
+            kept, asked = torch.arange(q_old.shape[1], device=q.device), q_old.shape[1]
             if ranks is not None:
-                signed, kept = _aligned(q[:, : ranks.choose(told[len(flags) :])], q_old)
-            return Found(signed, kept, FOUND if attempt == finder else FALLBACK)
-    return Found(q_old, torch.arange(q_old.shape[1], device=q_old.device), KEPT)
+                asked = ranks.choose(told[len(flags) :])
+                signed, kept = _aligned(q[:, : min(asked, ranks.room or asked)], q_old)
+            return Found(signed, asked, kept, FOUND if attempt == finder else FALLBACK)
+    return Found(q_old, q_old.shape[1], torch.arange(q_old.shape[1], device=q_old.device), KEPT)
 
 
 def _iterate(
@@ -341,7 +344,7 @@ def transport(
 ) -> tuple[Tensor | None, Tensor | None]:
     """Moments in the coordinates of a new basis.
 
-    m       first moment or any signed sum of coordinates, (out, r_old) if dim = -1, (r_old, in) if dim = 0
+    m       first moment or any signed sum of coordinates, (out, r_old) if dim = -1, (r_old, in) if dim = -2
     v       second moment, of m's shape, not negative
     c       Q_old^T Q_new, (r_old, r_new); all three fp32 or float64
     policy  keep         as they are (GaLore)
@@ -350,7 +353,7 @@ def transport(
             rotate_fill  what a new direction lacks in the old basis is filled with the mean of v over the old
                          directions: with m and v near 0 and t large, Adam's step would grow to 6.6 times lr
     """
-    assert policy in ("keep", "reset", "rotate", "rotate_fill") and dim in (-1, 0)
+    assert policy in ("keep", "reset", "rotate", "rotate_fill") and dim in (-1, -2)
     if policy == "keep":
         assert c.shape[0] == c.shape[1]
         return m, v

@@ -55,7 +55,7 @@ class Basis:
     index: int
     side: str  # input | output
     n: int  # in_features or out_features: rows, but for those of padding
-    r: int
+    r: int  # columns that there is room for; those beyond `rank` are zero, as is all that comes of them
     k: int  # columns of the probe beside it
     units: list[Unit] = field(default_factory=list)
     turn: int = 0  # bases of one turn are replaced in one step
@@ -66,10 +66,12 @@ class Basis:
     due: bool = False  # this step replaces it
     arrived: int = 0  # of its units, on its refresh step
     most: int = field(init=False)  # its rank at the start, and the largest
+    rank: int = field(init=False)
+    asked: int = field(init=False)  # the rank that its gradient called for: `rank`, or more than r
     varies: bool = False  # its rank may change
 
     def __post_init__(self) -> None:
-        self.most = self.r
+        self.most = self.rank = self.asked = self.r
 
     @property
     def own(self) -> Tensor:
@@ -96,6 +98,8 @@ class Basis:
     def load_(self, qs: Tensor, count: Tensor, fresh: Tensor) -> None:
         self.own.copy_(qs)
         self.cross.copy_(self._cross())
+        if self.varies:
+            self.rank = self.asked = int(self.own[:, : self.r].any(0).sum())
         self.count, self.fresh = int(count), bool(fresh)
 
     def begin(self, seed: int, device: torch.device, dtype: torch.dtype) -> None:
@@ -113,16 +117,20 @@ class Basis:
         self.cross = torch.empty(self.r, self.k, dtype=dtype, device=device)
 
     def resize(self, r: int) -> None:
-        """Room for another rank. Leaves and layers have the old tensors until their unit is placed again."""
+        """Room for r columns. Leaves and layers have the old tensors until their unit is placed again."""
         if r != self.r:
-            self.r = r
-            self._allocate(self.qs.device, self.qs.dtype)
+            old, s, both = self.qs, self.s, min(r, self.r)
+            self.r, self.rank = r, min(r, self.rank)
+            self._allocate(old.device, old.dtype)
+            self.qs[:, :both].copy_(old[:, :both])
+            self.s.copy_(s)
+            self.cross.copy_(self._cross())
 
     def replace_(self, q: Tensor, seed: int) -> None:
-        """Q (n, r) wide, and a new draw of S, in place unless r is another: a compiled forward may hold the
-        tensor."""
-        self.resize(q.shape[1])
-        self.own[:, : self.r].copy_(q)
+        """Q (n, r or fewer) wide, and a new draw of S, in place: a compiled forward may hold the tensor."""
+        self.rank = q.shape[1]
+        self.own[:, : self.rank].copy_(q)
+        self.own[:, self.rank : self.r].zero_()
         if self.k:
             wide = torch.promote_types(self.qs.dtype, torch.float32)
             draw = subspace.mix(seed, self.index, self.count, 1)
@@ -233,11 +241,16 @@ class Unit:
         return state
 
     def resize(self) -> None:
-        """New tensors, zeros, for what does not fit a basis of another rank."""
+        """New tensors for what does not fit a basis with room for another rank, with what both hold."""
         blank = self._blank()
-        if self.q and "c" in self.state:  # folded before
+        if self.q and "c" in self.state:
             blank["c"] = self.param.detach().new_zeros(len(self.param), self.q.r)
-        self.state |= {k: t for k, t in blank.items() if t.shape != self.state[k].shape}
+        for k, new in blank.items():
+            old = self.state[k]
+            if new.shape != old.shape:
+                both = tuple(slice(min(sizes)) for sizes in zip(new.shape, old.shape, strict=True))
+                new[both].copy_(old[both])
+                self.state[k] = new
 
     def place(self, hook: Callable[[Tensor, int], None]) -> None:
         """Leaves on the weight's device in its dtype, with their hooks; again whenever it has moved."""

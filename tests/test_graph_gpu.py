@@ -115,7 +115,6 @@ def test_settings_are_captured_alike(settings):
 
 
 def test_a_rank_that_changes_ends_graphs_and_others_follow(monkeypatch):
-    monkeypatch.setattr(optim.graph, "QUIET", 1)
     captured, capture = [], Steps._capture
     monkeypatch.setattr(
         Steps, "_capture", lambda self, *a: (captured.append(self.version), capture(self, *a))[1]
@@ -162,8 +161,8 @@ def test_a_restored_state_needs_no_new_graph_and_a_moved_model_does():
         for (name, x), y in zip(a.model.state_dict().items(), b.model.state_dict().values(), strict=True):
             assert torch.equal(x, y), name
         a.opt.version += 1
-        a.train(optim.graph.QUIET + 4)
-        b.train(optim.graph.QUIET + 4)
+        a.train(optim.graph.EAGER + 4)
+        b.train(optim.graph.EAGER + 4)
         assert a.runner.graphs[-1] is not kept
         for (name, x), y in zip(a.model.state_dict().items(), b.model.state_dict().values(), strict=True):
             assert torch.equal(x, y), name

@@ -154,12 +154,12 @@ def cases():
         if whole:
             arguments = dict.fromkeys(("x_ptr", "a_ptr"), f"*{TYPES[dtype]}")
             arguments |= {"out_ptr": "*fp32", "rows": "i32", "cols": "i32", "stride": "i32"}
-            constants = {"LINES": adam.TILE // rows.LANES, "WIDTH": rows.LANES}
-            yield rows.sums_kernel, arguments, constants, adam.WARPS, list(arguments), f"row sums {dtype}"
+            constants = {"WIDTH": rows.LONG}
+            yield rows.sums_kernel, arguments, constants, 1, list(arguments), f"row sums {dtype}"
     arguments = dict.fromkeys(("mag_ptr", "n_ptr", "m_ptr", "v_ptr", "s_ptr", "sums_ptr"), "*fp32")
     arguments |= dict.fromkeys(("keep_ptr", "factor_ptr", "row"), "*fp32")
     arguments |= {"rows": "i32", "rate": "fp32", "least": "fp32"} | BETAS
-    yield rows.magnitude_kernel, arguments, {"WIDTH": rows.LANES}, 1, None, "magnitudes"
+    yield rows.magnitude_kernel, arguments, {"WIDTH": rows.SHORT}, 1, None, "magnitudes"
     for dtype, grad in cross_entropy.VARIANTS:
         arguments = {"logits": f"*{TYPES[dtype]}", "labels": "*i64", "nll": "*fp32"}
         arguments |= {"V": "i32", "ignore": "i32"}
