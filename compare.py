@@ -77,12 +77,13 @@ RUNS |= {
             ("natural_galore_8bit", lr, more)
             for lr in (0.005, 0.01, 0.02)
             for more in (
-                *([f"damping={d}"] for d in (0.1, 3, 10, 30, 100)),
+                *([f"damping={d}"] for d in (0.1, 1, 3, 30, 100)),
                 ["history=16"],
-                ["history=16", "damping=10"],
+                ["history=16", "damping=1"],
             )
         ),
         *(("adarankgrad_8bit", 0.01, [f"energy={e}", "rank_min=8"]) for e in (0.52, 0.77, 0.9)),
+        ("adarankgrad_8bit", 0.01, ["energy=0.97"]),
         ("adarankgrad_8bit", 0.01, ["adapt_rank=false"]),
         ("adarankgrad_8bit", 0.01, ["adapt_refresh=false"]),
     )
@@ -330,7 +331,7 @@ def claims(record: str, to: str) -> None:
             label = name.removeprefix("adarankgrad_8bit lr=0.01").strip() or "default: energy=0.9"
             chosen.plot(steps, r["effective_rank"], label=f"{label}: {r['val_ppl_a']:.1f}")
         if name.startswith(("natural_galore_8bit lr", "galore_8bit lr")) and name.split(" ", 1)[1] in (
-            "lr=0.005", "lr=0.01", "lr=0.005 scale=0.5", "lr=0.01 damping=10", "lr=0.01 history=16",
+            "lr=0.005", "lr=0.01", "lr=0.01 damping=1", "lr=0.01 damping=100", "lr=0.01 history=16",
         ):  # fmt: skip
             around = [r["losses"][max(0, n - 2) : n + 3] for n in range(len(steps))]
             style = "-" if name.startswith("natural") else "--"

@@ -175,11 +175,11 @@ class NaturalConfig(ProjectedConfig):
     """Natural GaLore: the projected gradient times an inverse Fisher matrix of the last ones."""
 
     history: int = 4  # projected gradients in it, each as large as a moment; 0: none, GaLore
-    damping: float = 1.0  # of the matrix, over the mean square of their norms
+    damping: float = 10.0  # of the matrix, over the mean square of their norms
 
     RANGES: ClassVar[dict[str, tuple[str, str]]] = ProjectedConfig.RANGES | {
         "history": ("[0, 64]", "4 is usual, 20 the paper's, 0 is galore"),
-        "damping": ("[1e-3, 1e6]", "1 is usual"),
+        "damping": ("[1e-3, 1e6]", "10 is usual"),
     }
 
     def _clashes(self) -> list[tuple[str, tuple[str, ...], str]]:

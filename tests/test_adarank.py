@@ -274,7 +274,8 @@ def recorded(opt):
 
 @pytest.mark.parametrize("side", ["input", "output", "both"])
 @pytest.mark.parametrize("transport", ["auto", "keep", "rotate_fill", "rotate", "reset"])
-@kills("optim/refresh.py", "        u.resize()\n", "")
+@kills("optim/refresh.py", ".narrow(dim, 0, len(c))", "")
+@kills("optim/unit.py", "self.own[:, self.rank : self.r].zero_()", "pass")
 @kills("optim/refresh.py", '"reset" if first else "keep" if', '"keep" if')
 @kills("optim/refresh.py", 'if policy == "keep" and b.varies:', "if False:")
 @kills("optim/subspace.py", "[:, None] == kept).to(dtype)", "[:, None] == kept.flip(0)).to(dtype)")
@@ -313,7 +314,7 @@ def test_a_deferred_lift_goes_through_changes_of_rank(decay):
 
 @pytest.mark.parametrize("twin", ["", "_8bit"])
 @pytest.mark.parametrize("transport", ["auto", "rotate_fill", "keep", "reset"])
-@kills("optim/adarank.py", "not self.cfg.adapt_rank", "False")
+@kills("optim/adarank.py", "b.fresh or not self.cfg.adapt_rank", "b.fresh")
 @kills("optim/engine.py", "if self.adarank and self.adarank.cfg.adapt_refresh", "if self.adarank")
 def test_without_either_it_is_galore_bitwise(twin, transport):
     ends = []

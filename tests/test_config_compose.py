@@ -239,7 +239,7 @@ def test_keys_of_projected_methods() -> None:
     (line,) = problems_of(["optim=natural_galore", "optim.history=0", "optim.damping=2"])
     assert line.startswith("optim.damping=2: would be ignored with optim.history=0; ")
     natural = parse(["optim=natural_galore_8bit", "optim.history=0"]).optim
-    assert (natural.history, natural.damping, natural.moments) == (0, 1.0, "int8")
+    assert (natural.history, natural.damping, natural.moments) == (0, 10.0, "int8")
     (line,) = problems_of(["optim=galore", "optim.merge_every=9"])
     assert line.endswith("adapter methods; choose optim=gradnormlorp_adapter or gradnormlorp_adapter_8bit")
     (line,) = problems_of(["optim=gradnormlorp_adapter", "optim.side=output"])

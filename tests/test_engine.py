@@ -120,7 +120,7 @@ def reference(method, micro=1):
 @kills("optim/landing.py", "u, u.coordinates(g), g", "u, u.coordinates(g) * 1.01, g")
 @kills("optim/refresh.py", "m, v = subspace.transport(m, v, c, policy, dim)", "pass")
 @kills("optim/refresh.py", "c = old.t() @ q.to(wide)", "c = q.to(wide).t() @ old")
-@kills("optim/refresh.py", '-1 if b.side == "input" else 0', "-1")
+@kills("optim/refresh.py", '-1 if b.side == "input" else -2', "-1")
 @kills("optim/scalars.py", "self.table[:, Column.T] - 1 + ok", "self.table[:, Column.T] - 1")
 @kills("optim/scalars.py", "self.t[u.index] = 0\n        self.table[u.index, Column.T] = 1", "pass")
 def test_equals_the_dense_oracle_invariant_47(side, settings):

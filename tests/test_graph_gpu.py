@@ -123,7 +123,8 @@ def test_a_rank_that_changes_ends_graphs_and_others_follow(monkeypatch):
         sides = [Training("adarankgrad_8bit", wanted) for wanted in (True, False)]
         for t in sides:
             t.train(2 * STEPS)
-    assert len(set(captured)) > 2 and len({b.r for b in sides[0].opt.bases}) > 1
+    assert len(set(captured)) >= 2, "captured anew where tensors were replaced"
+    assert len({b.r for b in sides[0].opt.bases}) > 1
     (tensors, values), (want, wanted) = (t.everything() for t in sides)
     assert values == wanted
     for name, t in want.items():

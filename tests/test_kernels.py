@@ -69,7 +69,7 @@ def run(script, **env):
 @kills("kernels/rows.py", '"rows" if keep.ndim else "one"', '"rows"')
 @kills("kernels/rows.py", "tl.load(sums_ptr + rows + at, mask=mask", "tl.load(sums_ptr + at, mask=mask")
 @kills("kernels/rows.py", "- tl.load(row) * direction * rate", "- tl.load(row) * direction")
-@kills("kernels/rows.py", "line.to(tl.int64)[:, None] * stride", "line.to(tl.int64)[:, None] * cols")
+@kills("kernels/rows.py", "a_ptr + line * stride", "a_ptr + line * cols")
 @kills("kernels/rows.py", "c[:, None] * (x - (s / mag)[:, None] * a)", "c[:, None] * (x - s[:, None] * a)")
 @kills("kernels/rows.py", "if tl.program_id(0) % tl.cdiv(cols, WIDTH) == 0:", "if False:")
 @kills("kernels/rescale.py", "(255 / tl.sqrt(largest))", "(254 / tl.sqrt(largest))")
