@@ -290,7 +290,7 @@ def profile(model: str, folder: str, side: str, tokens: int | None) -> None:
     from torch.profiler import profile as record
 
     trained = make_side(side, model, *sizes(model, tokens, 1), folder)
-    trained.steps(12)
+    trained.steps(max(12, trained.settled))
     torch.cuda.synchronize()
     with record(activities=[ProfilerActivity.CUDA, ProfilerActivity.CPU], record_shapes=True) as seen:
         trained.steps(12)
