@@ -86,7 +86,7 @@ class Ours:
             ]
         ).resolved()
         self.run = Run(cfg, Comm.from_env(), Path(self.scratch.name), None)
-        self.done, self.weighted, self.settled = 0, False, 10
+        self.done, self.weighted, self.settled = 0, False, 10 + self.run.opt.turns
         self.ends: list[tuple[bool, torch.cuda.Event]] = []  # of steps; whether bases were found in it
 
     def weigh(self) -> None:
