@@ -127,6 +127,13 @@ class Ours:
         names = {False: "plain_step_ms", True: "refresh_step_ms"}
         return {names[k]: round(median(v), 2) for k, v in times.items() if v}
 
+    def loss(self, step: int) -> float | None:
+        """Of a step that was done."""
+        assert self.run.book
+        self.run.book.flush()
+        rows = map(json.loads, open(self.run.book.path, encoding="utf-8"))
+        return next((r["loss"] for r in rows if r["step"] == step and "loss" in r), None)
+
     def close(self) -> None:
         self.run.close()
 
@@ -238,6 +245,7 @@ def alternate(makers: dict[str, Any], tokens: int, pairs: int, warm: int | None)
     rows = []
     for name in [name for name in sides if name != "peer"]:
         row = settings(sides[name]) | ({} if warm is None else {"warm_steps": warm})
+        row["loss_50"] = sides[name].loss(50)
         opt = getattr(getattr(sides[name], "run", None), "opt", None)
         if opt is not None and opt.bases:
             row |= {"bases_found": list(opt.first_round), **sides[name].refreshes()}
