@@ -15,9 +15,10 @@ galore_torch, apollo_torch. Each peer is measured in a process of its own: Liger
 
 Steps that replace the bases of a block, and those that do not, are measured apart, after the first round of
 bases, when both are CUDA graphs, and weighted as if bases were replaced every 200 steps: at 7b 32 of 200
-replace a block's. A side with a refresh_every of its own, and adarankgrad, are timed as they run. Settings of
-one side follow it after a plus: optim=galore_8bit+optim.lift=deferred. `tokens`: of each of a step's
-`micro_batches` (1). `warm`: steps of each method before the timed ones.
+replace a block's. A side with a refresh_every of its own, and adarankgrad unless with
+optim.adapt_refresh=false, are timed as they run. Settings of one side follow it after a plus:
+optim=galore_8bit+optim.lift=deferred. `tokens`: of each of a step's `micro_batches` (1). `warm`: steps of each
+method before the timed ones.
 `profile` says where the time goes; with optim=METHOD+graph=off by shapes of products too.
 
 FOLDER comes from `python -m data.prepare`; without one the bundled sample is prepared. Each row of the record
@@ -159,7 +160,7 @@ def make_side(side: str, model: str, step: int, micro: int, folder: str, steps: 
     usual = {"optim.moments": "bf16"} if method == "adamw" else {}
     given, config = {m.partition("=")[0] for m in more}, METHODS[method].config
     weigh = "optim.refresh_every" not in given and hasattr(config, "refresh_every")
-    if weigh and hasattr(config, "adapt_refresh"):
+    if weigh and hasattr(config, "adapt_refresh") and "optim.adapt_refresh=false" not in more:
         weigh, usual["optim.refresh_every"] = False, str(EVERY)
     elif weigh:
         layers = parse([f"model={model}", "data=sample"]).model.num_hidden_layers

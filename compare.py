@@ -3,7 +3,7 @@ twice.
 
     python compare.py data=FOLDER half_b=FOLDER [out=bench.jsonl] [runs=NAME,NAME] [steps=600] [seeds=0+1]
                       [commit=ID] [beside=3]
-    python compare.py plot=curves_60m.png [methods=NAME,NAME] [out=bench.jsonl]
+    python compare.py plot=curves_60m.png [methods=NAME,NAME] [rounding=stochastic] [out=bench.jsonl]
     python compare.py claims=claims_60m.png [out=bench.jsonl]    what the papers say, on these gradients
     python compare.py rows=all data=FOLDER [out=bench.jsonl] [commit=ID]     rows of bf16 weights, see drift()
     python compare.py split=validation.json.xz        writes half_a.json.gz and half_b.json.gz here, by work
@@ -250,7 +250,7 @@ def family(run: str) -> str:
     return " ".join([name, *rest.split(" ")[1:]])
 
 
-def plot(record: str, to: str, methods: str | None) -> None:
+def plot(record: str, to: str, methods: str | None, rounding: str | None) -> None:
     """A panel with the learning rates of each family that has several, and one with every method's best."""
     import matplotlib
 
@@ -261,12 +261,14 @@ def plot(record: str, to: str, methods: str | None) -> None:
     for line in open(record, encoding="utf-8"):
         r = json.loads(line)
         name = r.get("run", "").partition(" ")[0]
+        if rounding and r.get("rounding") != rounding:
+            continue
         if "losses" in r and r["seed"] == 0 and (methods is None or name in methods.split(",")):
             families.setdefault(family(r["run"]), {})[r["run"]] = r  # the newest of a name
     best: dict[str, dict[str, Any]] = {}  # by method
     for r in sorted((r for rows in families.values() for r in rows.values()), key=lambda r: r["val_ppl_a"]):
         if r["run"] in RUNS:  # not what can no longer be run
-            best.setdefault(r["run"].partition(" ")[0], r)
+            best.setdefault(r["run"].partition(" ")[0] + " velora" * ("velora" in r["run"]), r)
 
     def rate(r: dict[str, Any]) -> str:
         return r["run"].split("lr=")[-1].split(" ")[0]
@@ -404,13 +406,13 @@ def split(path: str) -> None:
 
 
 def main(argv: list[str]) -> int:
-    keys = "data half_b out runs steps seeds commit beside plot methods claims rows split"
+    keys = "rounding data half_b out runs steps seeds commit beside plot methods claims rows split"
     if refused(argv, keys, __doc__):
         return 2
     args = dict(a.split("=", 1) for a in argv)
     record = args.get("out", "bench.jsonl")
     if "plot" in args:
-        plot(record, args["plot"], args.get("methods"))
+        plot(record, args["plot"], args.get("methods"), args.get("rounding"))
         return 0
     if "claims" in args:
         claims(record, args["claims"])
