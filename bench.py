@@ -17,8 +17,8 @@ Steps that replace the bases of a block, and those that do not, are measured apa
 bases, when both are CUDA graphs, and weighted as if bases were replaced every 200 steps: at 7b 32 of 200
 replace a block's. A side with a refresh_every of its own, and adarankgrad unless with
 optim.adapt_refresh=false, are timed as they run. Settings of one side follow it after a plus:
-optim=galore_8bit+optim.lift=deferred. `tokens`: of each of a step's `micro_batches` (1). `warm`: steps of each
-method before the timed ones.
+optim=galore_8bit+optim.lift=deferred. `tokens`: of each of a step's `micro_batches` (1). `warm`: steps of
+each method before the timed ones.
 `profile` says where the time goes; with optim=METHOD+graph=off by shapes of products too.
 
 FOLDER comes from `python -m data.prepare`; without one the bundled sample is prepared. Each row of the record

@@ -2,11 +2,13 @@
 convergence.
 
 Rank (Algorithm 2, Eq. 2; chosen in subspace.find). With lambda_i the energies of G along the new basis'
-columns, largest first, and e(r) = 1 - sum_{i <= r} lambda_i / ||G||^2,
+columns and e(r) = 1 - sum_{i <= r} lambda_i / ||G||^2,
 
     r = the least multiple of rank_step in [rank_min, r_max] with e(r) <= 1 - energy, else r_max
 
-r_max is the rank at the start; with `monotone` the last one. rank_min is half of it unless set: early
+The columns are in the order of subspace iteration, whose factors are triangular: the first r are those that
+it would find from the first r alone, within a few percent of the best r, and no eigenvalues are needed. r_max
+is the rank at the start; with `monotone` the last one. rank_min is half of it unless set: early
 gradients lie in few directions, and what training loses in them it does not make up. A random first basis is
 replaced at full rank. The paper asks for the largest r with an error of at most eta_th (Eq. 4), which is
 always the full rank; its search shrinks r_max where the error is too large, and for a matrix of rank one it
@@ -26,8 +28,8 @@ that wait are replaced a block in a step, the oldest basis' first, or as many bl
 turn come every refresh_every / SHORTEST steps: each basis needs a whole G.
 
 Moments (Block 2): the paper rotates them, M <- R M, V <- R V, and V can become negative. Here the columns
-of a new basis continue those of the old one that it holds most of (subspace.find), and their moments stay;
-those of new columns begin at 0 and the mean of V. In the order of energy and rotated (transport=rotate_fill)
+of a new basis continue those of the old one, whose moments stay; those of columns that are new begin at 0 and
+the mean of V. In the order of energy and rotated (transport=rotate_fill)
 V is a mean of all directions, far below what the leading ones need: at 60M the loss is 5.48 instead of 5.41
 after 130 steps, perplexity 70.7 instead of 69.3 after 600. Those of the random basis start anew.
 

@@ -87,8 +87,7 @@ class Refresher:
                 self.reduce.gather_rows(u.param, g)[:, : u.size[1]] for u, g in zip(b.units, gs, strict=True)
             ]
             owner = b.index % self.reduce.world
-            q, kept = b.own[:, : b.rank].contiguous(), torch.arange(b.rank, device=old.device)
-            outcome, asked = 0, b.asked
+            q, outcome, asked = b.own[:, : b.rank].contiguous(), 0, b.asked
             if self.reduce.rank == owner:
                 found = subspace.find(
                     whole if b.side == "input" else [g.t() for g in whole],
@@ -98,17 +97,14 @@ class Refresher:
                     first=b.fresh,
                     ranks=self.ranks(b) if self.ranks else None,
                 )
-                q, kept = found.q.to(b.qs.dtype).contiguous(), found.kept
-                outcome, asked = found.outcome, found.asked
+                q, outcome, asked = found.q.to(b.qs.dtype).contiguous(), found.outcome, found.asked
             if self.reduce.world > 1:
                 told = torch.tensor([outcome, q.shape[1], asked], device=q.device)
                 self.reduce.from_owner_(told, owner)
                 outcome, r, asked = told.tolist()
                 if q.shape[1] != r:
-                    q, kept = q.new_empty(b.n, r), kept.new_empty(r)
+                    q = q.new_empty(b.n, r)
                 self.reduce.from_owner_(q, owner)
-                if b.varies:
-                    self.reduce.from_owner_(kept, owner)
             if outcome == subspace.KEPT:
                 self.kept += 1
                 return []
@@ -124,7 +120,7 @@ class Refresher:
                 rotated = "rotate_fill" if b.varies else "rotate"
                 policy = "reset" if first else "keep" if self.finder == "warm" else rotated
             if policy == "keep" and b.varies:
-                policy, c = "rotate_fill", subspace.selection(kept, c.shape[0], c.dtype)
+                policy, c = "rotate_fill", torch.eye(*c.shape, dtype=c.dtype, device=c.device)
             for u, g in zip(b.units, gs, strict=True):
                 self._carry(u, b, g, c, policy)
             return [(u, policy == "reset") for u in b.units]

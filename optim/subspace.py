@@ -47,7 +47,7 @@ class Ranks(NamedTuple):
     room: int | None = None  # columns that the basis can have now; None: most
 
     def choose(self, held: list[float]) -> int:
-        """held[i]: the share in the i + 1 leading directions; `most` numbers."""
+        """held[i]: the share in the first i + 1 columns; `most` numbers."""
         first = -(-self.least // self.step) * self.step
         enough = (r for r in range(first, self.most, self.step) if held[r - 1] >= self.energy)
         return next(enough, self.most)
@@ -56,7 +56,6 @@ class Ranks(NamedTuple):
 class Found(NamedTuple):
     q: Tensor  # (n, r) fp32 or float64, orthonormal columns
     asked: int  # rank: r, or more than there was room for
-    kept: Tensor  # (r,) int64: the column of the old basis that each continues; -1: none
     outcome: int  # FOUND | FALLBACK: Householder QR, or not the finder asked for | KEPT: q is the old basis
 
 
@@ -106,8 +105,8 @@ def find(
     seed    of the randomized finder
     first   `old` is random: the largest entry of each column is made positive. Otherwise the diagonal of
             old^T q is, so that moments keep their sign
-    ranks   r is chosen, as far as there is room, and the columns continue the r of the old basis that the new
-            span holds most of, in their order; None: r is old's
+    ranks   r is chosen, as far as there is room: the first columns of a basis of `most`. They continue old's
+            in their order, and more follow; None: r is old's
 
     The old basis stays (KEPT) where G holds a NaN or an infinity, is all zero, or nothing worked. The host
     waits for the device once, at the end; "svd" and "randomized" wait inside too.
@@ -127,24 +126,22 @@ def find(
                 q = _randomized(gs, start, inverse, seed)
             else:
                 q = _iterate(gs, start, inverse, ITERATIONS, infos if attempt == "warm" else None)
-            held = q.new_empty(0)
-            if ranks is not None:
-                q, held = _ordered(gs, q, inverse)
+            held = q.new_empty(0) if ranks is None else _held(gs, q, inverse).to(q.dtype)
         except torch.linalg.LinAlgError:  # no convergence, or G holds a NaN
             continue
-        signed = q * _signs(q, None if first or ranks is not None else q_old)
+        signed = q * _signs(q, None if first else start)
         flags = [top, _error(q), *infos]
         told = torch.cat([torch.stack([f.to(q.dtype) for f in flags]), held]).tolist()  # the wait
         largest, error, *failed = told[: len(flags)]
         if not 0 < largest < float("inf"):
             break
         if error <= LIMIT and not any(failed):
-            kept, asked = torch.arange(q_old.shape[1], device=q.device), q_old.shape[1]
+            asked = r = q_old.shape[1]
             if ranks is not None:
                 asked = ranks.choose(told[len(flags) :])
-                signed, kept = _aligned(q[:, : min(asked, ranks.room or asked)], q_old)
-            return Found(signed, asked, kept, FOUND if attempt == finder else FALLBACK)
-    return Found(q_old, q_old.shape[1], torch.arange(q_old.shape[1], device=q_old.device), KEPT)
+                r = min(asked, ranks.room or asked)
+            return Found(signed[:, :r], asked, FOUND if attempt == finder else FALLBACK)
+    return Found(q_old, q_old.shape[1], KEPT)
 
 
 def _iterate(
@@ -198,32 +195,16 @@ def _complete(v: Tensor, s: Tensor, old: Tensor, size: int) -> Tensor:
 def _widened(q: Tensor, r: int, seed: int) -> Tensor:
     """(n, r): the columns of q (n, fewer or as many), then random ones orthogonal to them and each other."""
     more = gaussian(q.shape[0], r - q.shape[1], seed, q.device, q.dtype)
-    return torch.linalg.qr(torch.cat([q, more], 1)).Q if more.shape[1] else q
+    if not more.shape[1]:
+        return q
+    return torch.cat([q, _orthonormal(_unit(more - q @ (q.t() @ more)), [])], 1)
 
 
-def _ordered(gs: list[Tensor], q: Tensor, inverse: Tensor) -> tuple[Tensor, Tensor]:
-    """q (n, r) turned within its span so that G's energies along the columns fall, and are uncorrelated; and
-    the shares of ||G||^2 in the first, the first two, ... (r,). Squaring R loses what is below 1e-7 of it."""
-    r = _right(gs, q * inverse)
-    energies, turn = torch.linalg.eigh(r.t() @ r)
+def _held(gs: list[Tensor], q: Tensor, inverse: Tensor) -> Tensor:
+    """(r,) the shares of ||G||^2 in the first column of q, the first two, ..., float64."""
+    energies = torch.linalg.vector_norm(_right(gs, q * inverse), dim=0, dtype=torch.float64).square()
     total = torch.stack([torch.linalg.vector_norm(g, dtype=torch.float64) * inverse for g in gs])
-    held = energies.flip(0).clamp(min=0).double().cumsum(0) / total.square().sum()
-    return _polished(q @ turn.flip(1)), held.to(q.dtype)
-
-
-def _aligned(q: Tensor, old: Tensor) -> tuple[Tensor, Tensor]:
-    """q (n, r) turned within its span so that its first columns are old's (n, r_old), as far as they lie in
-    it, those that lie in it least being left out; and Found.kept. Diagonal and signs as after QR of old.
-
-    In the order of energy every basis would be turned against the last one, and v, which is a mean over all
-    directions then, be far below what the leading ones need.
-    """
-    inside = q.t() @ old
-    most = min(q.shape[1], old.shape[1])
-    kept = inside.square().sum(0).topk(most).indices.sort().values
-    turn, upper = torch.linalg.qr(inside[:, kept], mode="complete")
-    turn[:, :most] *= torch.where(upper.diagonal() < 0, -1.0, 1.0)
-    return _polished(q @ turn), torch.nn.functional.pad(kept, (0, q.shape[1] - most), value=-1)
+    return energies.cumsum(0) / total.square().sum()
 
 
 def _polished(x: Tensor) -> Tensor:
@@ -326,11 +307,6 @@ def captured(gs: list[Tensor], q: Tensor) -> Tensor:
     total = torch.stack([torch.linalg.vector_norm(g, dtype=torch.float64) for g in gs]).square().sum()
     kept = torch.linalg.vector_norm(_right(gs, q / top), dtype=torch.float64) * top
     return (kept.square() / total.clamp(min=torch.finfo(torch.float64).tiny)).to(q.dtype)
-
-
-def selection(kept: Tensor, r: int, dtype: torch.dtype) -> Tensor:
-    """(r, len(kept)): `transport` by it moves a coordinate to the column that continues it."""
-    return (torch.arange(r, device=kept.device)[:, None] == kept).to(dtype)
 
 
 def overlap(c: Tensor) -> Tensor:

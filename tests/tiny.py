@@ -229,10 +229,7 @@ class Oracle:
             policy = "reset" if first else "keep" if cfg.finder == "warm" else rotated
         c = old.T @ found.q
         if policy == "keep" and getattr(cfg, "adapt_rank", False):
-            policy, c = "rotate_fill", torch.zeros_like(c)
-            for new, of in enumerate(found.kept.tolist()):
-                if of >= 0:
-                    c[of, new] = 1
+            policy, c = "rotate_fill", torch.eye(*c.shape, dtype=c.dtype)
         self.q[b.name] = found.q
         self.found[b.name] += 1
         for u in b.units:
