@@ -110,8 +110,12 @@ class AdaRank:
         """How the rank of the basis after b is chosen; None: as b's."""
         if b.fresh or not self.cfg.adapt_rank:
             return None
-        least = self.cfg.rank_min or -(-b.most // 2)
-        return Ranks(self.cfg.energy, self.step(b), least, b.rank if self.cfg.monotone else b.most, b.r)
+        return Ranks(
+            self.cfg.energy, self.step(b), self.floor(b), b.rank if self.cfg.monotone else b.most, b.r
+        )
+
+    def floor(self, b: Basis) -> int:
+        return self.cfg.rank_min or -(-b.most // 2)
 
     def step(self, b: Basis) -> int:
         return self.cfg.rank_step or default_rank_step(b.most)

@@ -187,9 +187,9 @@ def memory(e: Engine) -> list[str]:
         if lazy:
             out.append("          each when the gradient in it has converged")
         if a and a.cfg.adapt_rank:
-            steps = " or ".join(map(str, sorted({a.step(b) for b in e.bases})))
+            step, least = (" or ".join(map(str, sorted({f(b) for b in e.bases}))) for f in (a.step, a.floor))
             share = f"{a.cfg.energy:.0%} of its gradient's square"
-            out.append(f"          rank: least multiple of {steps} that holds {share}")
+            out.append(f"          rank: least multiple of {step}, {least} or more, with {share}")
         if not e.adapters:
             out.append(f"          grad_norm is estimated without bias from {PROBE} random columns")
     if late := sum(b.units[0].deferred for b in e.bases):
