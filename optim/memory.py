@@ -188,8 +188,8 @@ def memory(e: Engine) -> list[str]:
             out.append("          each when the gradient in it has converged")
         if a and a.cfg.adapt_rank:
             step, least = (" or ".join(map(str, sorted({f(b) for b in e.bases}))) for f in (a.step, a.floor))
-            share = f"{a.cfg.energy:.0%} of its gradient's square"
-            out.append(f"          rank: least multiple of {step}, {least} or more, with {share}")
+            share = f"{a.cfg.energy:.0%} of ||G||^2"
+            out.append(f"          rank: least multiple of {step} from {least} on that holds {share}")
         if not e.adapters:
             out.append(f"          grad_norm is estimated without bias from {PROBE} random columns")
     if late := sum(b.units[0].deferred for b in e.bases):

@@ -16,7 +16,7 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from optim import attach, subspace
-from optim.config import AdapterConfig
+from optim.config import AdapterConfig, AdaRankConfig
 from optim.refresh import due
 
 VOCAB, WIDTH, HIDDEN = 40, 16, 24
@@ -116,13 +116,17 @@ def run(method, steps=6, micro=1, model=None, compiled=False, seed=1, **settings
 
 
 def keys(method):
-    """SETTINGS, but for methods without a basis the lr alone. A factor's gradient between bases found from it
-    is near diagonal: with eps=1e-8 Adam makes steps of what is rounding beside the diagonal."""
+    """SETTINGS, but for methods without a basis the lr alone, and ranks that change for adarankgrad.
+
+    A factor's gradient between bases found from it is near diagonal: with eps=1e-8 Adam makes steps of what is
+    rounding beside the diagonal."""
     from optim.methods import METHODS
 
     kind = METHODS[method].config
     known = {k: v for k, v in SETTINGS.items() if k in kind.__dataclass_fields__}
-    return known | ({"eps": 1e-6} if kind is AdapterConfig else {})
+    return known | (
+        {"eps": 1e-6} if kind is AdapterConfig else {"energy": 0.6} if kind is AdaRankConfig else {}
+    )
 
 
 def shard(model, world):
