@@ -118,8 +118,8 @@ def run(method, steps=6, micro=1, model=None, compiled=False, seed=1, **settings
 def keys(method):
     """SETTINGS, but for methods without a basis the lr alone, and ranks that change for adarankgrad.
 
-    A factor's gradient between bases found from it is near diagonal: with eps=1e-8 Adam makes steps of what is
-    rounding beside the diagonal."""
+    A factor's gradient between bases found from it is near diagonal: with eps=1e-8 Adam makes steps of what
+    is rounding beside the diagonal."""
     from optim.methods import METHODS
 
     kind = METHODS[method].config
