@@ -15,8 +15,8 @@ galore_torch, apollo_torch. Each peer is measured in a process of its own: Liger
 
 Steps that replace the bases of a block, and those that do not, are measured apart, after the first round of
 bases, when both are CUDA graphs, and weighted as if bases were replaced every 200 steps: at 7b 32 of 200
-replace a block's. A side with a refresh_every of its own, and adarankgrad unless with
-optim.adapt_refresh=false, are timed as they run. Settings of one side follow it after a plus:
+replace a block's. A side with a refresh or refresh_every of its own, the adapter methods, and adarankgrad
+unless with optim.adapt_refresh=false, are timed as they run. Settings of one side follow it after a plus:
 optim=galore_8bit+optim.lift=deferred. `tokens`: of each of a step's `micro_batches` (1). `warm`: steps of
 each method before the timed ones.
 `profile` says where the time goes; with optim=METHOD+graph=off by shapes of products too.
@@ -52,6 +52,7 @@ from configs.cli import parse
 from data.prepare import prepare
 from llama import checkpoint
 from optim import Comm
+from optim.config import AdaRankConfig, BasisConfig, ProjectedConfig
 from optim.methods import METHODS
 from peers import PEERS, Peer
 from train import Run
@@ -104,6 +105,10 @@ class Ours:
         kinds: dict[bool, list[float]] = {False: [], True: []}
         for (_, before), (refresh, end) in zip(self.ends[first:], self.ends[first + 1 :], strict=False):
             kinds[refresh].append(before.elapsed_time(end) / 1e3)
+        if not all(kinds.values()):
+            raise ValueError(
+                f"{n} steps without a refresh, or all with one: leave warm out, or more warm steps"
+            )
         share = self.run.opt.turns / EVERY
         plain = sum(kinds[False]) / len(kinds[False])  # the mean: some of them write the log
         return (1 - share) * plain + share * median(kinds[True])  # some of them may be captured
@@ -159,20 +164,19 @@ def make_side(side: str, model: str, step: int, micro: int, folder: str, steps: 
     method, *more = side.split("+")
     usual = {"optim.moments": "bf16"} if method == "adamw" else {}
     given, config = {m.partition("=")[0] for m in more}, METHODS[method].config
-    weigh = "optim.refresh_every" not in given and hasattr(config, "refresh_every")
-    if weigh and hasattr(config, "adapt_refresh") and "optim.adapt_refresh=false" not in more:
-        weigh, usual["optim.refresh_every"] = False, str(EVERY)
-    elif weigh:
+    lives = issubclass(config, AdaRankConfig) and "optim.adapt_refresh=false" not in more
+    weigh = issubclass(config, ProjectedConfig) and not lives
+    weigh = weigh and not given & {"optim.refresh", "optim.refresh_every"}
+    if weigh:  # without warm-up the first round of bases takes as many steps as there are blocks
         layers = parse([f"model={model}", "data=sample"]).model.num_hidden_layers
-        usual |= {
-            "optim.refresh_every": str(2 * layers),
-            "optim.warmup": "0",
-        }  # a first round of as many steps
+        usual |= {"optim.refresh_every": str(2 * layers), "optim.warmup": "0"}
+    elif issubclass(config, BasisConfig):
+        usual["optim.refresh_every"] = str(EVERY)
     more += [f"{k}={v}" for k, v in usual.items() if k not in given]
-    side_ = Ours(model, step, micro, folder, [f"optim={method}", *more], steps)
+    made = Ours(model, step, micro, folder, [f"optim={method}", *more], steps)
     if weigh:
-        side_.weigh()
-    return side_
+        made.weigh()
+    return made
 
 
 def settings(side: Ours) -> dict[str, Any]:
@@ -189,15 +193,9 @@ def settings(side: Ours) -> dict[str, Any]:
 
 
 def compare_methods(
-    model: str,
-    methods: str,
-    peer: str,
-    folder: str,
-    pairs: int,
-    tokens: int | None,
-    parts: int,
+    model: str, methods: str, peer: str, folder: str, pairs: int, tokens: int | None, parts: int,
     warm: int | None,
-) -> list[dict[str, Any]]:
+) -> list[dict[str, Any]]:  # fmt: skip
     """Methods beside one of PEERS or another method: a row each."""
     step, micro = sizes(model, tokens, parts)
     makers: dict[str, Any] = {
@@ -468,7 +466,7 @@ def main(argv: list[str]) -> int:
         warm = int(args["warm"]) if "warm" in args else None
         every = f"{parts} x {tokens or CASES[model][0]} tokens"
         job = partial(compare_methods, model, methods, peer, args["data"], pairs, tokens, parts, warm)
-        name = f"{model} {methods} beside {peer}, {every}" + (f", warm {warm}" if warm else "")
+        name = f"{model} {methods} beside {peer}, {every}" + ("" if warm is None else f", warm {warm}")
         jobs[name] = partial(in_a_process, job) if peer in PEERS else job
 
     for model in args.get("cases", ",".join(CASES)).split(","):

@@ -147,6 +147,7 @@ def test_settings_are_replayed_alike(method, settings):
     compare(*sides)
 
 
+@kills("optim/engine.py", "self.version += bool(bases)", "pass")
 @pytest.mark.parametrize("method", ["adarankgrad", "adarankgrad_8bit"])
 def test_graphs_hold_bases_with_columns_to_spare(method):
     """A rank falls while steps are replayed, and later its room: the graphs before it end then."""
