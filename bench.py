@@ -14,8 +14,8 @@ another of our methods, transformers, bitsandbytes, bitsandbytes_32bit, liger, l
 galore_torch, apollo_torch. Each peer is measured in a process of its own: Liger replaces what others run too.
 
 Steps that replace the bases of a block, and those that do not, are measured apart, after the first round of
-bases, when both are CUDA graphs, and weighted as if bases were replaced every 200 steps: at 7b 32 of 200
-replace a block's. A side with a refresh or refresh_every of its own, the adapter methods, and adarankgrad
+bases, as CUDA graphs, and weighted as if bases were replaced every 200 steps: at 7b 32 of 200 replace a
+block's. A side with a refresh or refresh_every of its own, the adapter methods, and adarankgrad
 unless with optim.adapt_refresh=false, are timed as they run. Settings of one side follow it after a plus:
 optim=galore_8bit+optim.lift=deferred. `tokens`: of each of a step's `micro_batches` (1). `warm`: steps of
 each method before the timed ones.
@@ -40,6 +40,7 @@ from concurrent.futures import ProcessPoolExecutor
 from functools import partial
 from glob import glob
 from importlib.metadata import PackageNotFoundError, version
+from itertools import pairwise
 from multiprocessing import get_context
 from pathlib import Path
 from statistics import median
@@ -89,7 +90,8 @@ class Ours:
         ).resolved()
         self.run = Run(cfg, Comm.from_env(), Path(self.scratch.name), None)
         self.done, self.weighted, self.settled = 0, False, 10 + self.run.opt.turns
-        self.ends: list[tuple[bool, torch.cuda.Event]] = []  # of steps; whether bases were found in it
+        # of steps: whether bases were found in it, and whether it was a graph already, or never will be one
+        self.ends: list[tuple[bool, bool, torch.cuda.Event]] = []
 
     def weigh(self) -> None:
         """Steps with a refresh count as if bases were replaced every EVERY steps, not twice as many steps as
@@ -102,36 +104,43 @@ class Ours:
         wall = timed(self, n)
         if not self.weighted:
             return wall
-        kinds: dict[bool, list[float]] = {False: [], True: []}
-        for (_, before), (refresh, end) in zip(self.ends[first:], self.ends[first + 1 :], strict=False):
-            kinds[refresh].append(before.elapsed_time(end) / 1e3)
+        kinds = self.kinds(first)
         if not all(kinds.values()):
             raise ValueError(
                 f"{n} steps without a refresh, or all with one: leave warm out, or more warm steps"
             )
         share = self.run.opt.turns / EVERY
         plain = sum(kinds[False]) / len(kinds[False])  # the mean: some of them write the log
-        return (1 - share) * plain + share * median(kinds[True])  # some of them may be captured
+        return ((1 - share) * plain + share * median(kinds[True])) / 1e3
+
+    def kinds(self, first: int) -> dict[bool, list[float]]:
+        """Milliseconds of steps without and with a refresh, from one on; of those that capture a graph, or
+        run before one is captured, only where there are no others."""
+        torch.cuda.synchronize()
+        times: dict[bool, dict[bool, list[float]]] = {k: {False: [], True: []} for k in (False, True)}
+        for (_, _, before), (refresh, settled, end) in pairwise(self.ends[first:]):
+            times[refresh][settled].append(before.elapsed_time(end))
+        return {refresh: of[True] or of[False] for refresh, of in times.items()}
 
     def steps(self, n: int) -> None:
         for _ in range(n):
             self.done += 1
-            refresh = any(b.due for b in self.run.opt.bases)
+            opt, runner = self.run.opt, self.run.runner
+            refresh, kind = any(b.due for b in opt.bases), opt.kind
+            graphs = {} if runner.version != opt.version else runner.graphs
+            never = not runner.wanted or refresh and not runner.refreshes
             batch = next(self.run.loader)
+            settled = never or kind in graphs
             self.run.step(self.done, batch, batch.valid)
-            self.ends.append((refresh, torch.cuda.Event(enable_timing=True)))
-            self.ends[-1][1].record()
+            self.ends.append((refresh, settled, torch.cuda.Event(enable_timing=True)))
+            self.ends[-1][2].record()
             if self.run.book and self.run.book.due():
                 self.run.book.flush()
 
     def refreshes(self) -> dict[str, Any]:
         """Milliseconds of steps with and without a refresh, after the first ten, as the GPU saw them."""
-        torch.cuda.synchronize()
-        times: dict[bool, list[float]] = {False: [], True: []}
-        for (_, before), (refresh, end) in zip(self.ends[10:], self.ends[11:], strict=False):
-            times[refresh].append(before.elapsed_time(end))
         names = {False: "plain_step_ms", True: "refresh_step_ms"}
-        return {names[k]: round(median(v), 2) for k, v in times.items() if v}
+        return {names[k]: round(median(v), 2) for k, v in self.kinds(10).items() if v}
 
     def loss(self, step: int) -> float | None:
         """Of a step that was done."""
@@ -312,7 +321,7 @@ def profile(model: str, folder: str, side: str, tokens: int | None) -> None:
             idle += start - end
             gaps.append((start - end, end))
         end = max(end, stop)
-    found, whole = sum(refresh for refresh, _ in trained.ends[-12:]), end - busy[0][0]
+    found, whole = sum(refresh for refresh, *_ in trained.ends[-12:]), end - busy[0][0]
     kernels: dict[str, list[float]] = {}
     for e in events:
         if e.device_type == cuda:

@@ -17,11 +17,14 @@ from llama.config import ModelConfig
 
 PEERS = {
     "transformers": "transformers, torch.compile, torch fused AdamW",
+    "transformers_graphs": "transformers, torch.compile with CUDA graphs, torch fused AdamW",
     "bitsandbytes_32bit": "transformers, torch.compile, bitsandbytes AdamW 32-bit",
     "bitsandbytes": "transformers, torch.compile, bitsandbytes AdamW 8-bit",
     "liger": "transformers, Liger, torch fused AdamW",
+    "liger_compiled": "transformers, Liger, torch.compile, torch fused AdamW",
     "liger_checkpointing": "transformers, Liger, gradient checkpointing, torch fused AdamW",
     "galore_torch": "transformers, torch.compile, galore-torch AdamW 8-bit between refreshes",
+    "galore_torch_adamw": "transformers, torch.compile, galore-torch AdamW between refreshes",
     "apollo_torch": "transformers, torch.compile, apollo-torch AdamW",
 }
 
@@ -45,7 +48,9 @@ class Peer:
             if kind.endswith("checkpointing"):
                 self.model.gradient_checkpointing_enable({"use_reentrant": False})
         self.model.train()
-        self.fast = self.model if kind.startswith("liger") else torch.compile(self.model)
+        eager = kind in ("liger", "liger_checkpointing")
+        mode = "reduce-overhead" if kind.endswith("graphs") else None
+        self.fast = self.model if eager else torch.compile(self.model, mode=mode)
         self.opt = self.optimizer(kind, model)
         cfg = data.DataConfig(name="tokens", train=folder)
         dataset = data.build(cfg, vocab_size=shape.vocab_size, seq_len=256, seed=0)
@@ -59,7 +64,7 @@ class Peer:
 
             bits = 32 if kind.endswith("32bit") else 8
             return bnb.optim.AdamW(params, lr=1e-4, weight_decay=0.0, optim_bits=bits)
-        if kind not in ("galore_torch", "apollo_torch"):
+        if not kind.startswith(("galore_torch", "apollo_torch")):
             return torch.optim.AdamW(params, lr=1e-4, weight_decay=0.0, fused=True)
         blocks = [p for n, p in self.model.named_parameters() if p.ndim == 2 and "layers" in n]
         known = {id(p) for p in blocks}
@@ -71,7 +76,7 @@ class Peer:
 
             low |= {"scale": 1.0, "proj": "random", "scale_type": "channel"}
             return APOLLOAdamW(groups, lr=1e-4)
-        from galore_torch import GaLoreAdamW8bit, galore_projector
+        from galore_torch import GaLoreAdamW, GaLoreAdamW8bit, galore_projector
 
         def random_basis(self: Any, weights: Any, rank: int, type: str) -> Any:
             """In place of exact SVD, minutes at 1B: steps between refreshes are what is timed."""
@@ -81,13 +86,14 @@ class Peer:
 
         galore_projector.GaLoreProjector.get_orthogonal_matrix = random_basis
         low |= {"scale": 0.25}
-        return GaLoreAdamW8bit(groups, lr=1e-4)
+        return (GaLoreAdamW if kind.endswith("adamw") else GaLoreAdamW8bit)(groups, lr=1e-4)
 
     def steps(self, n: int) -> None:
         for _ in range(n):
             batch = next(self.loader)
             for x in batch.x.split(self.micro):
                 x = x.cuda(non_blocking=True)
+                torch.compiler.cudagraph_mark_step_begin()
                 loss = self.fast(input_ids=x, labels=x).loss / (len(batch.x) / len(x))
                 loss.backward()
             self.opt.step()

@@ -183,6 +183,7 @@ class Engine(Landing, torch.optim.Optimizer):
         self._tried = [b for b in self.bases if b.due]
         self._alone = self.in_backward and len({b.turn for b in self._tried}) == 1
         self.refresher.held.clear()
+        self.refresher.begun.clear()
         for u in self.units:
             u.fired = [0] * len(u.fired)
             u.refresh = u.adapter is None and any(b.due for b in u.bases)

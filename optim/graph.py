@@ -5,22 +5,25 @@ launches cost nothing. What a replay reads stands at fixed addresses: the batch,
 and decay, and everything that the optimizer keeps.
 
 A step in which the bases of a block are replaced runs outside, or is a graph of its own, up to the gradients
-that they are found from. All lie in one memory, which is idle between replays.
+that they are found from. All leave these in one place, and one more graph, of all blocks, looks for bases
+there: hundreds of short launches. All lie in one memory, which is idle between replays.
 Graphs end where the optimizer replaces tensors (Engine.version); the next steps capture others.
 """
 
 from __future__ import annotations
 
 import logging
+import os
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from . import kernels
+from . import kernels, subspace
 from .engine import Engine
 
 log = logging.getLogger("subspan")
@@ -45,6 +48,13 @@ class Graph:
     kept: list[Tensor] = field(default_factory=list)  # that it reads, and nobody else holds
 
 
+@dataclass
+class Search:
+    graph: torch.cuda.CUDAGraph
+    olds: list[Tensor]  # bases to be replaced, that it reads
+    made: list[subspace.Attempt]  # by a replay
+
+
 class Steps:
     """Runs steps, as a graph where that is `wanted` and possible, else one operation after the other."""
 
@@ -54,6 +64,7 @@ class Steps:
         self.opt, self.wanted = opt, wanted and passes <= most
         self.refreshes = passes * (1 + opt.turns) <= most
         self.graphs: dict[int, Graph] = {}  # by Engine.kind
+        self.searches: dict[Any, Search] = {}  # by shapes of bases, and where their gradients are
         self.version = opt.version  # that they belong to
         self.wait = EAGER  # steps until one may be captured
         self.static: list[Tensor] = []  # where they leave whole gradients
@@ -80,6 +91,7 @@ class Steps:
         if kind >= 0:
             if not fresh:
                 opt.held = graph.held
+            self._search()
             opt.conclude()
         else:
             opt.stats = {k: v.clone() for k, v in graph.written.items() if k != "loss"}
@@ -87,7 +99,8 @@ class Steps:
 
     def drop(self) -> None:
         """Gives the graphs and their memory back."""
-        self.graphs, self.static, self.pool, self.version = {}, [], None, self.opt.version
+        self.graphs, self.searches, self.static, self.pool = {}, {}, [], None
+        self.version = self.opt.version
 
     def _outside(self, work: Callable[[], Tensor]) -> dict[str, Tensor | float]:
         self.wait = max(0, self.wait - 1)
@@ -109,10 +122,7 @@ class Steps:
         self.pool = self.pool or torch.cuda.graph_pool_handle()
         kernels.kept.clear()
         try:
-            # relaxed: other threads load data and write saves meanwhile
-            with torch.cuda.graph(
-                graph, self.pool, torch.cuda.current_stream(), capture_error_mode="relaxed"
-            ):
+            with self._recorded(graph):
                 written = {"loss": work()}
                 opt.collect()
                 if kind >= 0:
@@ -129,6 +139,48 @@ class Steps:
             return False
         self.graphs[kind] = Graph(graph, written, dict(opt.held), list(kernels.kept))
         return True
+
+    def _recorded(self, graph: torch.cuda.CUDAGraph) -> AbstractContextManager[None]:
+        # relaxed: other threads load data and write saves meanwhile
+        return torch.cuda.graph(graph, self.pool, torch.cuda.current_stream(), capture_error_mode="relaxed")
+
+    def _search(self) -> None:
+        """A first look for the bases of this step, where it can be made without the host."""
+        refresher = self.opt.refresher
+        if not refresher.plain:
+            return
+        waiting = refresher.waiting()
+        key = tuple((b.side, b.used.shape, *((g.data_ptr(), g.shape) for g in gs)) for b, gs in waiting)
+        if key not in self.searches:
+            graph, olds = torch.cuda.CUDAGraph(), [b.used.clone() for b, _ in waiting]
+            with self._recorded(graph):
+                made = self._at_once(
+                    [
+                        partial(refresher.attempt, b, gs, old)
+                        for (b, gs), old in zip(waiting, olds, strict=True)
+                    ]
+                )
+            self.searches[key] = Search(graph, olds, made)
+        search = self.searches[key]
+        for (b, _), old in zip(waiting, search.olds, strict=True):
+            old.copy_(b.used)
+        with refresher.timed(self.opt.scalars.table.device):
+            search.graph.replay()
+        refresher.begun = {b.index: made for (b, _), made in zip(waiting, search.made, strict=True)}
+
+    def _at_once(self, works: list[Callable[[], Any]]) -> list[Any]:
+        """What each returns, run beside each other on a GPU: short launches fill a small part of it."""
+        if self.opt.scalars.table.device.type != "cuda" or os.environ.get("SUBSPAN_APART") == "0":
+            return [work() for work in works]
+        main, out = torch.cuda.current_stream(), []
+        streams = [torch.cuda.Stream() for _ in works]
+        for stream, work in zip(streams, works, strict=True):
+            stream.wait_stream(main)
+            with torch.cuda.stream(stream):
+                out.append(work())
+        for stream in streams:
+            main.wait_stream(stream)
+        return out
 
     def _left(self, held: Any) -> Any:
         """Whole gradients where every graph leaves them: blocks are alike, and theirs are big."""

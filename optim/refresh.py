@@ -51,6 +51,7 @@ class Refresher:
         self.ranks = ranks
         self.replaced: list[Basis] = []
         self.held: Held = {}
+        self.begun: dict[int, subspace.Attempt] = {}  # by Basis.index, of the step in progress
         self.overlaps: list[Tensor] = []
         self.kept = 0  # bases not replaced for a gradient that is zero or not finite, ever
         self.fallbacks = 0  # found by Householder QR after a failed factorisation, ever
@@ -65,14 +66,40 @@ class Refresher:
 
     def ready(self, scalars: Scalars) -> list[tuple[Unit, Tensor, Tensor | None]]:
         """Replaces every basis whose units have all arrived; those that wait for no other, with G and s."""
-        for b in dict.fromkeys(b for u, _, _ in self.held.values() for b in u.bases):
-            if b.due and b.arrived == len(b.units):
-                for u, anew in self.replace_(b, [self.held[u.index][1] for u in b.units]):
-                    if anew:
-                        scalars.start_anew(u)
-                b.due = False
+        for b, gs in self.waiting():
+            for u, anew in self.replace_(b, gs):
+                if anew:
+                    scalars.start_anew(u)
+            b.due = False
+        self.begun = {}
         done = [n for n, (u, _, _) in self.held.items() if not any(b.due for b in u.bases)]
         return [self.held.pop(n) for n in done]
+
+    def waiting(self) -> list[tuple[Basis, list[Tensor]]]:
+        """Bases to be replaced whose units have all arrived, with G (rows, in) of each."""
+        bases = dict.fromkeys(b for u, _, _ in self.held.values() for b in u.bases)
+        return [
+            (b, [self.held[u.index][1] for u in b.units])
+            for b in bases
+            if b.due and b.arrived == len(b.units)
+        ]
+
+    @property
+    def plain(self) -> bool:
+        """Whether `attempt` depends on no more than its arguments, and the host waits for nothing in it."""
+        return self.finder == "warm" and self.ranks is None and self.reduce.world == 1
+
+    def attempt(self, b: Basis, gs: list[Tensor], old: Tensor) -> subspace.Attempt:
+        """A first look for the basis after `old` (n, rank). With it in `begun` `ready` need not look itself."""
+        wide = torch.promote_types(old.dtype, torch.float32)
+        return subspace.attempt(self._whole(b, gs), old.to(wide), self.finder, 0)
+
+    def _whole(self, b: Basis, gs: list[Tensor]) -> list[Tensor]:
+        """G of a basis' units, of all ranks and without padding, turned to the basis' side."""
+        whole = [
+            self.reduce.gather_rows(u.param, g)[:, : u.size[1]] for u, g in zip(b.units, gs, strict=True)
+        ]
+        return whole if b.side == "input" else [g.t() for g in whole]
 
     def replace_(self, b: Basis, gs: list[Tensor]) -> list[tuple[Unit, bool]]:
         """A new basis from G (rows, in) of each of its units; its units, with whether moments start anew.
@@ -81,21 +108,20 @@ class Refresher:
         last bits between cards.
         """
         wide = torch.promote_types(b.qs.dtype, torch.float32)
-        old = b.own[:, : b.rank].to(wide, copy=True)  # replaced in place below
-        with self._timed(b.qs.device):
-            whole = [
-                self.reduce.gather_rows(u.param, g)[:, : u.size[1]] for u, g in zip(b.units, gs, strict=True)
-            ]
+        old = b.used.to(wide, copy=True)  # replaced in place below
+        with self.timed(b.qs.device):
+            whole = self._whole(b, gs)
             owner = b.index % self.reduce.world
-            q, outcome, asked = b.own[:, : b.rank].contiguous(), 0, b.asked
+            q, outcome, asked = b.used.contiguous(), 0, b.asked
             if self.reduce.rank == owner:
                 found = subspace.find(
-                    whole if b.side == "input" else [g.t() for g in whole],
+                    whole,
                     old,
                     self.finder,
                     subspace.mix(self.seed, b.index, b.count, 2),
                     first=b.fresh,
                     ranks=self.ranks(b) if self.ranks else None,
+                    begun=self.begun.get(b.index),
                 )
                 q, outcome, asked = found.q.to(b.qs.dtype).contiguous(), found.outcome, found.asked
             if self.reduce.world > 1:
@@ -154,7 +180,7 @@ class Refresher:
         d = (self.reduce.sum_rows([u], sums[None])[0] / u.size[0]).sqrt()
         return floored(d)
 
-    def _timed(self, device: torch.device) -> _Timer:
+    def timed(self, device: torch.device) -> _Timer:
         return _Timer(self, device)
 
     def seconds(self) -> float:

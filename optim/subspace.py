@@ -53,6 +53,13 @@ class Ranks(NamedTuple):
         return next(enough, self.most)
 
 
+class Attempt(NamedTuple):
+    """What a finder made of gradients, before the host has looked at it."""
+
+    q: Tensor  # (n, r) fp32 or float64, signs as they came
+    told: Tensor  # max|G|, error of q, what each factorisation reported; then the shares that columns hold
+
+
 class Found(NamedTuple):
     q: Tensor  # (n, r) fp32 or float64, orthonormal columns
     asked: int  # rank: r, or more than there was room for
@@ -95,8 +102,9 @@ def random_basis(n: int, r: int, seed: int, device: torch.device | str, dtype: t
 
 @ieee()
 def find(
-    gs: list[Tensor], old: Tensor, finder: str, seed: int, first: bool = False, ranks: Ranks | None = None
-) -> Found:
+    gs: list[Tensor], old: Tensor, finder: str, seed: int, first: bool = False, ranks: Ranks | None = None,
+    begun: Attempt | None = None,
+) -> Found:  # fmt: skip
     """A basis of the r leading right singular vectors of the stack of `gs`.
 
     gs      (out_i, n) of any float dtype, on one device
@@ -107,41 +115,49 @@ def find(
             old^T q is, so that moments keep their sign
     ranks   r is chosen, as far as there is room: the first columns of a basis of `most`. They continue old's
             in their order, and more follow; None: r is old's
+    begun   `attempt` of the same arguments, if it was made already
 
     The old basis stays (KEPT) where G holds a NaN or an infinity, is all zero, or nothing worked. The host
     waits for the device once, at the end; "svd" and "randomized" wait inside too.
     """
     q_old = old.to(_wide(*gs, old))
     start = q_old if ranks is None else _widened(q_old, ranks.most, seed)
-    top = _largest(gs, q_old.dtype)
-    # Products are of G / max|G|, so that no norm overflows or vanishes; the factor goes to the thin side.
-    inverse = 1 / top.clamp(min=torch.finfo(q_old.dtype).tiny)
-    attempts = ["warm", "householder"] if finder == "warm" else [finder, "warm", "householder"]
-    for attempt in attempts:
-        infos: list[Tensor] = []
+    for tried in ["warm", "householder"] if finder == "warm" else [finder, "warm", "householder"]:
         try:
-            if attempt == "svd":
-                q = _svd(gs, start, inverse)
-            elif attempt == "randomized":
-                q = _randomized(gs, start, inverse, seed)
-            else:
-                q = _iterate(gs, start, inverse, ITERATIONS, infos if attempt == "warm" else None)
-            held = q.new_empty(0) if ranks is None else _held(gs, q, inverse).to(q.dtype)
+            made = begun if begun and tried == finder else attempt(gs, start, tried, seed, ranks)
         except torch.linalg.LinAlgError:  # no convergence, or G holds a NaN
             continue
-        signed = q * _signs(q, None if first else start)
-        flags = [top, _error(q), *infos]
-        told = torch.cat([torch.stack([f.to(q.dtype) for f in flags]), held]).tolist()  # the wait
-        largest, error, *failed = told[: len(flags)]
+        told = made.told.tolist()  # the wait
+        largest, error, *failed = told[: len(told) - (ranks.most if ranks else 0)]
         if not 0 < largest < float("inf"):
             break
         if error <= LIMIT and not any(failed):
             asked = r = q_old.shape[1]
             if ranks is not None:
-                asked = ranks.choose(told[len(flags) :])
+                asked = ranks.choose(told[-ranks.most :])
                 r = min(asked, ranks.room or asked)
-            return Found(signed[:, :r], asked, FOUND if attempt == finder else FALLBACK)
+            signed = made.q * _signs(made.q, None if first else start)
+            return Found(signed[:, :r], asked, FOUND if tried == finder else FALLBACK)
     return Found(q_old, q_old.shape[1], KEPT)
+
+
+@ieee()
+def attempt(gs: list[Tensor], start: Tensor, finder: str, seed: int, ranks: Ranks | None = None) -> Attempt:
+    """As `find` has it, of a start with as many columns as are wanted, fp32 or float64. finder: also
+    "householder", warm by QR. The host waits for nothing with "warm", which a CUDA graph can hold.
+    """
+    infos: list[Tensor] = []
+    top = _largest(gs, start.dtype)
+    # Products are of G / max|G|, so that no norm overflows or vanishes; the factor goes to the thin side.
+    inverse = 1 / top.clamp(min=torch.finfo(start.dtype).tiny)
+    if finder == "svd":
+        q = _svd(gs, start, inverse)
+    elif finder == "randomized":
+        q = _randomized(gs, start, inverse, seed)
+    else:
+        q = _iterate(gs, start, inverse, ITERATIONS, infos if finder == "warm" else None)
+    told = torch.stack([f.to(q.dtype) for f in (top, _error(q), *infos)])
+    return Attempt(q, told if ranks is None else torch.cat([told, _held(gs, q, inverse).to(q.dtype)]))
 
 
 def _iterate(

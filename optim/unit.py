@@ -84,6 +84,11 @@ class Basis:
         return (self.qs if self.side == "input" else self.own)[:, : self.r]
 
     @property
+    def used(self) -> Tensor:
+        """(n, rank) the columns in use, without padding."""
+        return self.own[:, : self.rank]
+
+    @property
     def s(self) -> Tensor:
         return self.own[:, self.r :]
 
@@ -129,7 +134,7 @@ class Basis:
     def replace_(self, q: Tensor, seed: int) -> None:
         """Q (n, r or fewer) wide, and a new draw of S, in place: a compiled forward may hold the tensor."""
         self.rank = q.shape[1]
-        self.own[:, : self.rank].copy_(q)
+        self.used.copy_(q)
         self.own[:, self.rank : self.r].zero_()
         if self.k:
             wide = torch.promote_types(self.qs.dtype, torch.float32)

@@ -123,6 +123,35 @@ def test_a_replayed_step_is_the_step(method, monkeypatch):
     compare(*sides)
 
 
+@kills("optim/graph.py", "old.copy_(b.used)", "pass")
+@kills("optim/graph.py", "            search.graph.replay()\n", "            pass\n")
+@kills("optim/graph.py", "{b.index: made for (b, _), made in zip(waiting, search.made, strict=True)}", "{}")
+@kills("optim/graph.py", "if key not in self.searches:", "if True:")
+@kills("optim/refresh.py", "begun=self.begun.get(b.index)", "begun=None")
+@kills("optim/refresh.py", "        self.begun = {}\n        done", "        done")
+@kills("optim/subspace.py", "made = begun if begun and tried == finder else", "made = begun or")
+@pytest.mark.parametrize("fails", [False, True])
+def test_one_graph_looks_for_the_bases_of_all_blocks(fails, monkeypatch):
+    """Steps of both blocks, which are alike, share it; a first look that fails is followed by another."""
+    looks, attempt = [], optim.refresh.subspace.attempt
+
+    def look(gs, start, finder, *args):
+        made = attempt(gs, start, finder, *args)
+        looks.append((finder, Recorder.recording))
+        return made._replace(told=made.told + 1) if fails and finder == "warm" else made
+
+    monkeypatch.setattr(optim.refresh.subspace, "attempt", look)
+    sides = [Training("galore_8bit", wanted) for wanted in (True, False)]
+    sides[0].train()
+    runner, bases = sides[0].runner, len(sides[0].opt.bases)
+    assert len(runner.searches) == 1
+    seen = list(looks)
+    sides[1].train()
+    assert seen.count(("warm", True)) == bases // 2, "once, of one block's bases"
+    assert seen.count(("warm", False)) == bases // 2, "in the steps before the first graph"
+    compare(*sides)
+
+
 @pytest.mark.parametrize(
     "settings",
     [
