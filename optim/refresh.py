@@ -71,18 +71,14 @@ class Refresher:
                 if anew:
                     scalars.start_anew(u)
             b.due = False
-        self.begun = {}
         done = [n for n, (u, _, _) in self.held.items() if not any(b.due for b in u.bases)]
         return [self.held.pop(n) for n in done]
 
     def waiting(self) -> list[tuple[Basis, list[Tensor]]]:
         """Bases to be replaced whose units have all arrived, with G (rows, in) of each."""
         bases = dict.fromkeys(b for u, _, _ in self.held.values() for b in u.bases)
-        return [
-            (b, [self.held[u.index][1] for u in b.units])
-            for b in bases
-            if b.due and b.arrived == len(b.units)
-        ]
+        there = [b for b in bases if b.due and b.arrived == len(b.units)]
+        return [(b, [self.held[u.index][1] for u in b.units]) for b in there]
 
     @property
     def plain(self) -> bool:
@@ -90,7 +86,7 @@ class Refresher:
         return self.finder == "warm" and self.ranks is None and self.reduce.world == 1
 
     def attempt(self, b: Basis, gs: list[Tensor], old: Tensor) -> subspace.Attempt:
-        """A first look for the basis after `old` (n, rank). With it in `begun` `ready` need not look itself."""
+        """A first look for the basis after `old` (n, rank); `ready` takes what is in `begun`."""
         wide = torch.promote_types(old.dtype, torch.float32)
         return subspace.attempt(self._whole(b, gs), old.to(wide), self.finder, 0)
 

@@ -308,7 +308,7 @@ def test_tied_embedding_is_dense():
 
 
 @kills("optim/refresh.py", "whole if b.side", "whole[:1] if b.side")
-@kills("optim/refresh.py", "if b.due and b.arrived == len(b.units):", "if b.due and b.arrived == 1:")
+@kills("optim/refresh.py", "if b.due and b.arrived == len(b.units)]", "if b.due and b.arrived == 1]")
 @kills("optim/assign.py", "family = family_of(u) if cfg.share", "family = u.name if cfg.share")
 def test_a_shared_basis_is_that_of_the_stacked_weight_invariant_48():
     """q, k, v with one basis train as one linear layer of their rows."""

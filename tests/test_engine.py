@@ -744,7 +744,7 @@ def test_a_state_of_another_method_or_shape_changes_nothing():
 # ---- refresh
 
 
-@kills("optim/refresh.py", "                b.due = False\n", "                b.due = b.due\n")
+@kills("optim/refresh.py", "            b.due = False\n", "            b.due = b.due\n")
 @kills("optim/layer.py", "if self.refresh:", "if self.refresh and False:")
 @kills("optim/refresh.py", "self.held[u.index] = u, g, s", "self.held[u.index] = u, g / 3, s")
 @kills("optim/refresh.py", "b.replace_(q, self.seed)", "pass")

@@ -314,7 +314,7 @@ def test_warm_basis_serves_the_next_batch_as_the_exact_one_does(noise):
     assert means["warm"] >= means["svd"] - 0.01, means
 
 
-@kills("optim/subspace.py", "q * _signs(q, None if first else start)", "q")
+@kills("optim/subspace.py", "made.q * _signs(made.q, None if first else start)", "made.q")
 @kills("optim/subspace.py", "None if first else start", "start if first else None")
 @pytest.mark.parametrize("finder", FINDERS)
 def test_signs(finder):
@@ -326,7 +326,7 @@ def test_signs(finder):
 
 
 @kills("optim/subspace.py", "if not 0 < largest < float", "if not 0 < 1 < float")
-@kills("optim/subspace.py", "return Found(q_old, q_old", "return Found(signed, q_old")
+@kills("optim/subspace.py", "return Found(q_old, q_old", "return Found(made.q, q_old")
 @pytest.mark.parametrize("finder", FINDERS)
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf, 0.0])
 def test_a_gradient_without_a_direction_keeps_the_basis(finder, bad):
@@ -350,8 +350,8 @@ def fail_after(calls, real):
 
 
 @kills("optim/subspace.py", '["warm", "householder"] if', '["warm"] if')
-@kills("optim/subspace.py", 'infos if attempt == "warm" else None', "infos")
-@kills("optim/subspace.py", "FOUND if attempt == finder else FALLBACK", "FOUND")
+@kills("optim/subspace.py", 'infos if finder == "warm" else None', "infos")
+@kills("optim/subspace.py", "FOUND if tried == finder else FALLBACK", "FOUND")
 @kills("optim/subspace.py", "        q = _orthonormal(_unit(x), None)", "        pass")
 @pytest.mark.parametrize("calls", range(4))
 def test_a_failed_factorisation_falls_back_to_householder(calls, monkeypatch):
