@@ -95,8 +95,8 @@ class Ours:
 
     def weigh(self) -> None:
         """Steps with a refresh count as if bases were replaced every EVERY steps, not twice as many steps as
-        there are blocks; `settled` steps capture every kind of step."""
-        self.weighted, self.settled = True, 2 * self.run.opt.turns + 6
+        there are blocks; `settled` steps, two rounds, capture every kind of step."""
+        self.weighted, self.settled = True, 4 * self.run.opt.turns + 6
 
     def block(self, n: int) -> float:
         """Seconds a step over n steps."""

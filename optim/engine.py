@@ -183,7 +183,7 @@ class Engine(Landing, torch.optim.Optimizer):
         self._tried = [b for b in self.bases if b.due]
         self._alone = self.in_backward and len({b.turn for b in self._tried}) == 1
         self.refresher.held.clear()
-        self.refresher.begun.clear()
+        self.refresher.found.clear()
         for u in self.units:
             u.fired = [0] * len(u.fired)
             u.refresh = u.adapter is None and any(b.due for b in u.bases)
@@ -245,6 +245,12 @@ class Engine(Landing, torch.optim.Optimizer):
         if self.adarank:
             self.adarank.note(self.scalars, self.refresher.replaced)
         self._begin.warn()
+
+    def concluded(self, stats: dict[str, Tensor | float], overlaps: list[Tensor]) -> None:
+        """As conclude() leaves it, after its device work was done otherwise."""
+        for b, _ in self.refresher.waiting():
+            self.refresher.noted(b, b.asked)
+        self.refresher.overlaps, self.stats = list(overlaps), dict(stats)
 
     @torch.no_grad()
     def advance(self) -> None:

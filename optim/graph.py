@@ -4,17 +4,17 @@ A step of separate launches keeps the host busy for some 15 microseconds each, t
 launches cost nothing. What a replay reads stands at fixed addresses: the batch, the number of its targets, lr
 and decay, and everything that the optimizer keeps.
 
-A step in which the bases of a block are replaced runs outside, or is a graph of its own, up to the gradients
-that they are found from. All leave these in one place, and one more graph, of all blocks, looks for bases
-there: hundreds of short launches. All lie in one memory, which is idle between replays.
+A step in which the bases of a block are replaced runs outside, or is three graphs with the host in between:
+up to the gradients that bases are found from; the search, one graph for all blocks, as all leave these in one
+place; once the host knows that it went well, the rest. Some 1,500 launches are short ones of the last two:
+outside they would take 25 ms, at 1b 8 of them computing. All lie in one memory, idle between replays.
 Graphs end where the optimizer replaces tensors (Engine.version); the next steps capture others.
 """
 
 from __future__ import annotations
 
 import logging
-import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
@@ -28,12 +28,13 @@ from .engine import Engine
 
 log = logging.getLogger("subspan")
 EAGER = 2  # steps before a capture, of this process and after tensors were replaced: they make what lasts
-PASSES = 25  # blocks times micro-batches in all graphs, a GB: some 100 launches each, 10 kB a launch
+REST = 4  # passes that have as many launches as what follows a search
+PASSES = 30  # blocks times micro-batches in all graphs, a GB: some 100 launches each, 10 kB a launch
 
 
 def most_passes(device: torch.device) -> float:
-    """Blocks times micro-batches that the graphs may hold, so that they take some 2.5% of the memory that
-    this process may use: 600 on a card of 24 GB, 3,700 on an H200. A CPU holds as many as the former."""
+    """Blocks times micro-batches that the graphs may hold, so that they take some 3% of the memory that
+    this process may use: 720 on a card of 24 GB, 4,500 on an H200. A CPU holds as many as the former."""
     if device.type != "cuda":
         return 24 * PASSES
     share = torch.cuda.get_per_process_memory_fraction(device)
@@ -55,6 +56,14 @@ class Search:
     made: list[subspace.Attempt]  # by a replay
 
 
+@dataclass
+class Rest:
+    graph: torch.cuda.CUDAGraph
+    stats: dict[str, Tensor | float]  # by a replay, as are overlaps
+    overlaps: list[Tensor]
+    kept: list[Tensor]
+
+
 class Steps:
     """Runs steps, as a graph where that is `wanted` and possible, else one operation after the other."""
 
@@ -62,9 +71,11 @@ class Steps:
         """passes: through blocks in a step."""
         most = most_passes(opt.scalars.table.device)
         self.opt, self.wanted = opt, wanted and passes <= most
-        self.refreshes = passes * (1 + opt.turns) <= most
+        self.refreshes = (passes + REST) * (1 + opt.turns) <= most
         self.graphs: dict[int, Graph] = {}  # by Engine.kind
         self.searches: dict[Any, Search] = {}  # by shapes of bases, and where their gradients are
+        self.rests: dict[int, Rest] = {}  # by Engine.kind
+        self.searched = True  # as far as is known a search can be captured
         self.version = opt.version  # that they belong to
         self.wait = EAGER  # steps until one may be captured
         self.static: list[Tensor] = []  # where they leave whole gradients
@@ -91,15 +102,15 @@ class Steps:
         if kind >= 0:
             if not fresh:
                 opt.held = graph.held
-            self._search()
-            opt.conclude()
+            if not (self._search() and self._rest(kind)):
+                opt.conclude()
         else:
             opt.stats = {k: v.clone() for k, v in graph.written.items() if k != "loss"}
         return self._end(loss)
 
     def drop(self) -> None:
         """Gives the graphs and their memory back."""
-        self.graphs, self.searches, self.static, self.pool = {}, {}, [], None
+        self.graphs, self.searches, self.rests, self.static, self.pool = {}, {}, {}, [], None
         self.version = self.opt.version
 
     def _outside(self, work: Callable[[], Tensor]) -> dict[str, Tensor | float]:
@@ -144,33 +155,58 @@ class Steps:
         # relaxed: other threads load data and write saves meanwhile
         return torch.cuda.graph(graph, self.pool, torch.cuda.current_stream(), capture_error_mode="relaxed")
 
-    def _search(self) -> None:
-        """A first look for the bases of this step, where it can be made without the host."""
+    def _search(self) -> bool:
+        """Bases for all that wait, if the host has no part in it; whether all are good."""
         refresher = self.opt.refresher
-        if not refresher.plain:
-            return
         waiting = refresher.waiting()
+        if not self.searched or not refresher.plain([b for b, _ in waiting]):
+            return False
         key = tuple((b.side, b.used.shape, *((g.data_ptr(), g.shape) for g in gs)) for b, gs in waiting)
         if key not in self.searches:
             graph, olds = torch.cuda.CUDAGraph(), [b.used.clone() for b, _ in waiting]
-            with self._recorded(graph):
-                made = self._at_once(
-                    [
-                        partial(refresher.attempt, b, gs, old)
-                        for (b, gs), old in zip(waiting, olds, strict=True)
-                    ]
-                )
+            looks = [partial(refresher.attempt, *x, old) for x, old in zip(waiting, olds, strict=True)]
+            try:
+                with self._recorded(graph):
+                    made = self._at_once(looks)
+            except RuntimeError as e:
+                log.warning("bases are found without a CUDA graph: %s", str(e).splitlines()[0])
+                self.searched = False
+                return False
             self.searches[key] = Search(graph, olds, made)
         search = self.searches[key]
         for (b, _), old in zip(waiting, search.olds, strict=True):
             old.copy_(b.used)
         with refresher.timed(self.opt.scalars.table.device):
             search.graph.replay()
-        refresher.begun = {b.index: made for (b, _), made in zip(waiting, search.made, strict=True)}
+        found = {b.index: m for (b, _), m in zip(waiting, search.made, strict=True)}
+        if all(subspace.judged(m)[1] for m in found.values()):
+            refresher.found = {n: subspace.Found(m.q, m.q.shape[1], subspace.FOUND) for n, m in found.items()}
+        return bool(refresher.found)
 
-    def _at_once(self, works: list[Callable[[], Any]]) -> list[Any]:
+    def _rest(self, kind: int) -> bool:
+        """Engine.conclude with bases that were found."""
+        opt, refresher = self.opt, self.opt.refresher
+        for b, _ in refresher.waiting():
+            b.draw_(refresher.seed, b.count + 1)
+        fresh = kind not in self.rests
+        if fresh:
+            graph = torch.cuda.CUDAGraph()
+            kernels.kept.clear()
+            with self._recorded(graph):
+                opt.conclude()
+            self.rests[kind] = Rest(graph, opt.stats, refresher.overlaps, list(kernels.kept))
+        rest = self.rests[kind]
+        rest.graph.replay()
+        stats = {k: v.clone() if isinstance(v, Tensor) else v for k, v in rest.stats.items()}
+        if fresh:
+            opt.stats = stats
+        else:
+            opt.concluded(stats, rest.overlaps)
+        return True
+
+    def _at_once(self, works: Sequence[Callable[[], Any]]) -> list[Any]:
         """What each returns, run beside each other on a GPU: short launches fill a small part of it."""
-        if self.opt.scalars.table.device.type != "cuda" or os.environ.get("SUBSPAN_APART") == "0":
+        if self.opt.scalars.table.device.type != "cuda":
             return [work() for work in works]
         main, out = torch.cuda.current_stream(), []
         streams = [torch.cuda.Stream() for _ in works]

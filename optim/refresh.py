@@ -12,7 +12,8 @@ R = G Q_new is exact, and the ordinary update follows.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
 from types import MethodType
 from typing import Any
@@ -51,7 +52,7 @@ class Refresher:
         self.ranks = ranks
         self.replaced: list[Basis] = []
         self.held: Held = {}
-        self.begun: dict[int, subspace.Attempt] = {}  # by Basis.index, of the step in progress
+        self.found: dict[int, subspace.Found] = {}  # by Basis.index: what need not be looked for any more
         self.overlaps: list[Tensor] = []
         self.kept = 0  # bases not replaced for a gradient that is zero or not finite, ever
         self.fallbacks = 0  # found by Householder QR after a failed factorisation, ever
@@ -80,15 +81,30 @@ class Refresher:
         there = [b for b in bases if b.due and b.arrived == len(b.units)]
         return [(b, [self.held[u.index][1] for u in b.units]) for b in there]
 
-    @property
-    def plain(self) -> bool:
-        """Whether `attempt` depends on no more than its arguments, and the host waits for nothing in it."""
-        return self.finder == "warm" and self.ranks is None and self.reduce.world == 1
+    def plain(self, bases: list[Basis]) -> bool:
+        """Whether nothing in their replacement is the host's, but for what `attempt`, `noted` and draws of S
+        leave it. The first time differs, in signs and moments."""
+        if self.finder != "warm" or self.ranks or self.reduce.world > 1:
+            return False
+        return not any(b.fresh for b in bases) and self._policy(bases[0], False) == "keep"
 
     def attempt(self, b: Basis, gs: list[Tensor], old: Tensor) -> subspace.Attempt:
-        """A first look for the basis after `old` (n, rank); `ready` takes what is in `begun`."""
+        """A look for the basis after `old` (n, rank); `ready` takes what is in `found`."""
         wide = torch.promote_types(old.dtype, torch.float32)
         return subspace.attempt(self._whole(b, gs), old.to(wide), self.finder, 0)
+
+    def noted(self, b: Basis, asked: int) -> None:
+        """The host's part of a replacement."""
+        b.fresh, b.asked, b.count = False, asked, b.count + 1
+        self.replaced.append(b)
+
+    def _policy(self, b: Basis, first: bool) -> str:
+        """What becomes of moments, see subspace.transport."""
+        rotated = "rotate_fill" if b.varies else "rotate"
+        policy = self.transport
+        if policy == "auto":
+            policy = "reset" if first else "keep" if self.finder == "warm" else rotated
+        return policy
 
     def _whole(self, b: Basis, gs: list[Tensor]) -> list[Tensor]:
         """G of a basis' units, of all ranks and without padding, turned to the basis' side."""
@@ -110,14 +126,13 @@ class Refresher:
             owner = b.index % self.reduce.world
             q, outcome, asked = b.used.contiguous(), 0, b.asked
             if self.reduce.rank == owner:
-                found = subspace.find(
+                found = self.found.get(b.index) or subspace.find(
                     whole,
                     old,
                     self.finder,
                     subspace.mix(self.seed, b.index, b.count, 2),
                     first=b.fresh,
                     ranks=self.ranks(b) if self.ranks else None,
-                    begun=self.begun.get(b.index),
                 )
                 q, outcome, asked = found.q.to(b.qs.dtype).contiguous(), found.outcome, found.asked
             if self.reduce.world > 1:
@@ -131,16 +146,13 @@ class Refresher:
                 self.kept += 1
                 return []
             self.fallbacks += outcome == subspace.FALLBACK
-            first, b.fresh, b.count = b.fresh, False, b.count + 1
-            self.replaced.append(b)
-            b.asked = asked
-            b.replace_(q, self.seed)
+            policy = self._policy(b, b.fresh)
+            self.noted(b, asked)
+            if not kernels.capturing(q.device):
+                b.draw_(self.seed, b.count)
+            b.replace_(q)
             c = old.t() @ q.to(wide)
             self.overlaps.append(subspace.overlap(c))
-            policy = self.transport
-            if policy == "auto":
-                rotated = "rotate_fill" if b.varies else "rotate"
-                policy = "reset" if first else "keep" if self.finder == "warm" else rotated
             if policy == "keep" and b.varies:
                 policy, c = "rotate_fill", torch.eye(*c.shape, dtype=c.dtype, device=c.device)
             for u, g in zip(b.units, gs, strict=True):
@@ -176,8 +188,9 @@ class Refresher:
         d = (self.reduce.sum_rows([u], sums[None])[0] / u.size[0]).sqrt()
         return floored(d)
 
-    def timed(self, device: torch.device) -> _Timer:
-        return _Timer(self, device)
+    def timed(self, device: torch.device) -> AbstractContextManager[None]:
+        """Adds to `seconds` what happens inside; what a graph does inside is timed where it is replayed."""
+        return nullcontext() if kernels.capturing(device) else _timer(self, device)
 
     def seconds(self) -> float:
         """Spent on finding bases since the last call; on a GPU as far as it is known without waiting."""
@@ -193,23 +206,18 @@ def floored(d: Tensor) -> Tensor:
     return torch.where(d.max() > 0, d.clamp(min=FLOOR * d.max()), 1.0)
 
 
-class _Timer:
-    def __init__(self, to: Refresher, device: torch.device) -> None:
-        self.to, self.cuda = to, device.type == "cuda"
-
-    def __enter__(self) -> None:
-        if self.cuda:
-            self.events = [torch.cuda.Event(enable_timing=True) for _ in range(2)]
-            self.events[0].record()
-        else:
-            self.begin = time.perf_counter()
-
-    def __exit__(self, *error: object) -> None:
-        if self.cuda:
-            self.events[1].record()
-            self.to._events.append((self.events[0], self.events[1]))
-        else:
-            self.to._seconds += time.perf_counter() - self.begin
+@contextmanager
+def _timer(to: Refresher, device: torch.device) -> Iterator[None]:
+    if device.type == "cuda":
+        events = [torch.cuda.Event(enable_timing=True) for _ in range(2)]
+        events[0].record()
+        yield
+        events[1].record()
+        to._events.append((events[0], events[1]))
+    else:
+        begin = time.perf_counter()
+        yield
+        to._seconds += time.perf_counter() - begin
 
 
 class Eager:

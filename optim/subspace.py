@@ -56,7 +56,7 @@ class Ranks(NamedTuple):
 class Attempt(NamedTuple):
     """What a finder made of gradients, before the host has looked at it."""
 
-    q: Tensor  # (n, r) fp32 or float64, signs as they came
+    q: Tensor  # (n, r) fp32 or float64, orthonormal columns if all went well
     told: Tensor  # max|G|, error of q, what each factorisation reported; then the shares that columns hold
 
 
@@ -102,9 +102,8 @@ def random_basis(n: int, r: int, seed: int, device: torch.device | str, dtype: t
 
 @ieee()
 def find(
-    gs: list[Tensor], old: Tensor, finder: str, seed: int, first: bool = False, ranks: Ranks | None = None,
-    begun: Attempt | None = None,
-) -> Found:  # fmt: skip
+    gs: list[Tensor], old: Tensor, finder: str, seed: int, first: bool = False, ranks: Ranks | None = None
+) -> Found:
     """A basis of the r leading right singular vectors of the stack of `gs`.
 
     gs      (out_i, n) of any float dtype, on one device
@@ -115,7 +114,6 @@ def find(
             old^T q is, so that moments keep their sign
     ranks   r is chosen, as far as there is room: the first columns of a basis of `most`. They continue old's
             in their order, and more follow; None: r is old's
-    begun   `attempt` of the same arguments, if it was made already
 
     The old basis stays (KEPT) where G holds a NaN or an infinity, is all zero, or nothing worked. The host
     waits for the device once, at the end; "svd" and "randomized" wait inside too.
@@ -124,25 +122,34 @@ def find(
     start = q_old if ranks is None else _widened(q_old, ranks.most, seed)
     for tried in ["warm", "householder"] if finder == "warm" else [finder, "warm", "householder"]:
         try:
-            made = begun if begun and tried == finder else attempt(gs, start, tried, seed, ranks)
+            made = attempt(gs, start, tried, seed, first, ranks)
         except torch.linalg.LinAlgError:  # no convergence, or G holds a NaN
             continue
-        told = made.told.tolist()  # the wait
-        largest, error, *failed = told[: len(told) - (ranks.most if ranks else 0)]
-        if not 0 < largest < float("inf"):
+        there, good, held = judged(made, ranks.most if ranks else 0)
+        if not there:
             break
-        if error <= LIMIT and not any(failed):
+        if good:
             asked = r = q_old.shape[1]
             if ranks is not None:
-                asked = ranks.choose(told[-ranks.most :])
+                asked = ranks.choose(held)
                 r = min(asked, ranks.room or asked)
-            signed = made.q * _signs(made.q, None if first else start)
-            return Found(signed[:, :r], asked, FOUND if tried == finder else FALLBACK)
+            return Found(made.q[:, :r], asked, FOUND if tried == finder else FALLBACK)
     return Found(q_old, q_old.shape[1], KEPT)
 
 
+def judged(made: Attempt, most: int = 0) -> tuple[bool, bool, list[float]]:
+    """Whether there was a gradient, without NaN or infinity; whether q is a basis for it; the shares that its
+    columns hold, `most` numbers. The host waits."""
+    told = made.told.tolist()
+    largest, error, *failed = told[: len(told) - most]
+    there = 0 < largest < float("inf")
+    return there, there and error <= LIMIT and not any(failed), told[len(told) - most :]
+
+
 @ieee()
-def attempt(gs: list[Tensor], start: Tensor, finder: str, seed: int, ranks: Ranks | None = None) -> Attempt:
+def attempt(
+    gs: list[Tensor], start: Tensor, finder: str, seed: int, first: bool = False, ranks: Ranks | None = None
+) -> Attempt:
     """As `find` has it, of a start with as many columns as are wanted, fp32 or float64. finder: also
     "householder", warm by QR. The host waits for nothing with "warm", which a CUDA graph can hold.
     """
@@ -157,7 +164,9 @@ def attempt(gs: list[Tensor], start: Tensor, finder: str, seed: int, ranks: Rank
     else:
         q = _iterate(gs, start, inverse, ITERATIONS, infos if finder == "warm" else None)
     told = torch.stack([f.to(q.dtype) for f in (top, _error(q), *infos)])
-    return Attempt(q, told if ranks is None else torch.cat([told, _held(gs, q, inverse).to(q.dtype)]))
+    if ranks is not None:
+        told = torch.cat([told, _held(gs, q, inverse).to(q.dtype)])
+    return Attempt(q * _signs(q, None if first else start), told)
 
 
 def _iterate(

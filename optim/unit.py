@@ -112,9 +112,8 @@ class Basis:
         self._allocate(device, dtype)
         if device.type != "meta":
             wide = torch.promote_types(dtype, torch.float32)
-            self.replace_(
-                subspace.random_basis(self.n, self.r, subspace.mix(seed, self.index), device, wide), seed
-            )
+            self.draw_(seed, 0)
+            self.replace_(subspace.random_basis(self.n, self.r, subspace.mix(seed, self.index), device, wide))
 
     def _allocate(self, device: torch.device, dtype: torch.dtype) -> None:
         rows = self.units[0].param.shape[self.side == "input"]
@@ -131,15 +130,18 @@ class Basis:
             self.s.copy_(s)
             self.cross.copy_(self._cross())
 
-    def replace_(self, q: Tensor, seed: int) -> None:
-        """Q (n, r or fewer) wide, and a new draw of S, in place: a compiled forward may hold the tensor."""
+    def draw_(self, seed: int, count: int) -> None:
+        """The S that comes with refresh number `count`, in place."""
+        if self.k:
+            wide = torch.promote_types(self.qs.dtype, torch.float32)
+            draw = subspace.mix(seed, self.index, count, 1)
+            self.s.copy_(subspace.gaussian(self.n, self.k, draw, self.qs.device, wide))
+
+    def replace_(self, q: Tensor) -> None:
+        """Q (n, r or fewer) wide beside S, in place: a compiled forward may hold the tensor."""
         self.rank = q.shape[1]
         self.used.copy_(q)
         self.own[:, self.rank : self.r].zero_()
-        if self.k:
-            wide = torch.promote_types(self.qs.dtype, torch.float32)
-            draw = subspace.mix(seed, self.index, self.count, 1)
-            self.s.copy_(subspace.gaussian(self.n, self.k, draw, self.qs.device, wide))
         self.cross.copy_(self._cross())
 
 

@@ -469,8 +469,8 @@ def test_probe_is_an_unbiased_estimate_invariant_44(side):
         return both[0]
 
     for draw in range(600):
-        probed.count = draw
-        probed.replace_(probed.q.clone(), seed=7)
+        probed.draw_(7, draw)
+        probed.replace_(probed.q.clone())
         r, z = u.coordinates(g), rows @ probed.s
         z = z if u.q else z.T
         captured, estimate = squares(r, z)
