@@ -1,7 +1,8 @@
 """Cross-entropy and its gradient over rows of logits, in place: reference.cross_entropy_ specifies it.
 
 One program a row. The row is read once from memory for the sum of exponentials, kept as a running maximum and
-sum in each lane, and once more, from the cache, to be overwritten by its gradient: 4 bytes a bf16 logit.
+sum in each lane, four numbers at a time, and once more, from the cache, to be overwritten by its gradient: 4
+bytes a bf16 logit, and 2.25 exponentials.
 8192 rows of 32,000 on an H200: 0.40 ms, compiled torch 0.68 ms.
 """
 
@@ -12,7 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-BLOCK = 4096  # logits in flight
+BLOCK = 2048  # lanes
 WARPS = 8
 DTYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16}
 VARIANTS = [(dtype, grad) for dtype in DTYPES for grad in (False, True)]  # logits, with the gradient
@@ -35,13 +36,16 @@ def cross_entropy_kernel(
     lane = tl.arange(0, BLOCK)
     top = tl.full((BLOCK,), -1.0e30, tl.float32)
     total = tl.zeros((BLOCK,), tl.float32)
-    for start in range(0, V, BLOCK):
+    for start in range(0, V, 4 * BLOCK):
         at = start + lane
-        x = tl.load(base + at, mask=at < V, other=-1.0e30).to(
-            tl.float32
-        )  # beyond the end: adds exp(-huge) = 0
-        new = tl.maximum(top, x)
-        total = total * tl.exp(top - new) + tl.exp(x - new)
+        # beyond the end: adds exp(-huge) = 0
+        a = tl.load(base + at, mask=at < V, other=-1.0e30).to(tl.float32)
+        b = tl.load(base + at + BLOCK, mask=at + BLOCK < V, other=-1.0e30).to(tl.float32)
+        c = tl.load(base + at + 2 * BLOCK, mask=at + 2 * BLOCK < V, other=-1.0e30).to(tl.float32)
+        d = tl.load(base + at + 3 * BLOCK, mask=at + 3 * BLOCK < V, other=-1.0e30).to(tl.float32)
+        new = tl.maximum(top, tl.maximum(tl.maximum(a, b), tl.maximum(c, d)))
+        more = tl.exp(a - new) + tl.exp(b - new) + (tl.exp(c - new) + tl.exp(d - new))
+        total = total * tl.exp(top - new) + more
         top = new
     highest = tl.max(top, 0)
     lse = highest + tl.log(tl.sum(total * tl.exp(top - highest), 0))

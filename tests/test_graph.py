@@ -180,7 +180,9 @@ def test_bases_are_found_and_taken_in_graphs(fails, monkeypatch):
 @kills("optim/refresh.py", 'and self._policy(bases[0], False) == "keep"', "")
 @kills("optim/refresh.py", 'if self.finder != "warm" or self.ranks', 'if self.finder == "svd" or self.ranks')
 @kills("optim/graph.py", "                self.searched = False\n", "")
-@pytest.mark.parametrize("settings", [{"transport": "rotate"}, {"finder": "randomized"}, {}])
+@pytest.mark.parametrize(
+    "settings", [{"transport": "rotate"}, {"finder": "randomized", "transport": "keep"}, {}]
+)
 def test_bases_that_a_graph_cannot_find_are_found_without(settings, monkeypatch, caplog):
     tries, attempt = [], optim.refresh.subspace.attempt
 

@@ -48,6 +48,10 @@ def run(script, **env):
 @kills(
     "kernels/adam.py", "    if tl.load(row + 3) > 0:\n        if SCALED", "    if True:\n        if SCALED"
 )
+@kills("kernels/cross_entropy.py", "at + 3 * BLOCK, mask=at + 3 * BLOCK < V", "at + 3 * BLOCK, mask=at < V")
+@kills("kernels/cross_entropy.py", "+ tl.exp(d - new))", "+ tl.exp(c - new))")
+@kills("kernels/cross_entropy.py", "range(0, V, 4 * BLOCK)", "range(0, V, 5 * BLOCK)")
+@kills("kernels/cross_entropy.py", "total * tl.exp(top - new) + more", "total + more")
 @kills("kernels/norms.py", "tiles = tl.cdiv(rows, BLOCKS) * across", "tiles = tl.cdiv(rows, BLOCKS)")
 @kills("kernels/norms.py", "tl.where(part < parts, part, tiles)", "part")
 @kills("kernels/norms.py", "torch.zeros(len(tensors), MANY", "torch.zeros(len(tensors), PARTS")
