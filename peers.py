@@ -21,7 +21,6 @@ PEERS = {
     "bitsandbytes_32bit": "transformers, torch.compile, bitsandbytes AdamW 32-bit",
     "bitsandbytes": "transformers, torch.compile, bitsandbytes AdamW 8-bit",
     "liger": "transformers, Liger, torch fused AdamW",
-    "liger_compiled": "transformers, Liger, torch.compile, torch fused AdamW",
     "liger_checkpointing": "transformers, Liger, gradient checkpointing, torch fused AdamW",
     "galore_torch": "transformers, torch.compile, galore-torch AdamW 8-bit between refreshes",
     "galore_torch_adamw": "transformers, torch.compile, galore-torch AdamW between refreshes",
@@ -48,9 +47,9 @@ class Peer:
             if kind.endswith("checkpointing"):
                 self.model.gradient_checkpointing_enable({"use_reentrant": False})
         self.model.train()
-        eager = kind in ("liger", "liger_checkpointing")
+        # Liger 0.8.5 under torch.compile ends with an illegal memory access, torch 2.11.
         mode = "reduce-overhead" if kind.endswith("graphs") else None
-        self.fast = self.model if eager else torch.compile(self.model, mode=mode)
+        self.fast = self.model if kind.startswith("liger") else torch.compile(self.model, mode=mode)
         self.opt = self.optimizer(kind, model)
         cfg = data.DataConfig(name="tokens", train=folder)
         dataset = data.build(cfg, vocab_size=shape.vocab_size, seq_len=256, seed=0)
