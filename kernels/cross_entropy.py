@@ -3,7 +3,7 @@
 One program a row. The row is read once from memory for the sum of exponentials, kept as a running maximum and
 sum in each lane, four numbers at a time, and once more, from the cache, to be overwritten by its gradient: 4
 bytes a bf16 logit, and 2.25 exponentials.
-8192 rows of 32,000 on an H200: 0.40 ms, compiled torch 0.68 ms.
+8192 rows of 32,000 on an H200: 0.36 ms, compiled torch 0.68 ms; a row in registers, read once, 0.41.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import triton.language as tl
 from torch import Tensor
 
 BLOCK = 2048  # lanes
-WARPS = 8
+WARPS = 16
 DTYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16}
 VARIANTS = [(dtype, grad) for dtype in DTYPES for grad in (False, True)]  # logits, with the gradient
 

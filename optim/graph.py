@@ -72,11 +72,14 @@ class Steps:
         most = most_passes(opt.scalars.table.device)
         self.opt, self.wanted = opt, wanted and passes <= most
         self.refreshes = (passes + REST) * (1 + opt.turns) <= most
+        self.version = opt.version  # that graphs belong to
+        # Kinds of steps since then. To capture one takes as long as a step, and saves a fifth of it: those with
+        # a refresh are when they come again, for tensors that are replaced round by round never.
+        self.seen: set[int | None] = set()
         self.graphs: dict[int, Graph] = {}  # by Engine.kind
         self.searches: dict[Any, Search] = {}  # by shapes of bases, and where their gradients are
         self.rests: dict[int, Rest] = {}  # by Engine.kind
         self.searched = True  # as far as is known a search can be captured
-        self.version = opt.version  # that they belong to
         self.wait = EAGER  # steps until one may be captured
         self.static: list[Tensor] = []  # where they leave whole gradients
         self.pool: Any = None
@@ -90,7 +93,9 @@ class Steps:
             self.drop()
             self.wait = EAGER
         kind = opt.kind
-        if not self.wanted or self.wait or kind is None or kind >= 0 and not self.refreshes:
+        again = kind in self.seen
+        self.seen.add(kind)
+        if not self.wanted or self.wait or kind is None or kind >= 0 and not (self.refreshes and again):
             return self._outside(work)
         opt.load_rates()
         fresh = kind not in self.graphs
@@ -111,7 +116,7 @@ class Steps:
     def drop(self) -> None:
         """Gives the graphs and their memory back."""
         self.graphs, self.searches, self.rests, self.static, self.pool = {}, {}, {}, [], None
-        self.version = self.opt.version
+        self.version, self.seen = self.opt.version, set()
 
     def _outside(self, work: Callable[[], Tensor]) -> dict[str, Tensor | float]:
         self.wait = max(0, self.wait - 1)

@@ -282,6 +282,21 @@ def test_few_graphs_for_many_blocks(monkeypatch):
         assert set(t.runner.graphs) == kinds
 
 
+@kills("optim/graph.py", "(self.refreshes and again)", "self.refreshes")
+@kills(
+    "optim/graph.py", "self.version, self.seen = self.opt.version, set()", "self.version = self.opt.version"
+)
+def test_a_step_with_a_refresh_is_captured_when_it_comes_again():
+    t = Training("galore_8bit", True, refresh_every=6)
+    t.train(6)
+    assert t.opt.first_round == (8, 8) and set(t.runner.graphs) == {-1}
+    t.train(6)
+    assert set(t.runner.graphs) == {-1, 0, 1}
+    t.opt.version += 1  # as where tensors were replaced
+    t.train(6)
+    assert set(t.runner.graphs) == {-1}
+
+
 @kills("optim/graph.py", "PASSES * share * torch", "PASSES * torch")
 def test_how_many_a_card_holds(monkeypatch):
     """By the memory that the process may use: at 7B the refreshes, 33 graphs of 32 blocks, not in 24 GB."""

@@ -40,7 +40,7 @@ class Training:
         self.model = build_model(CFG, "cuda", torch.bfloat16, 0)
         self.model.checkpoint_blocks(0.34)
         if hasattr(METHODS[method].config, "rank"):
-            settings = {"rank": 32, "refresh_every": 12, **settings}
+            settings = {"rank": 32, "refresh_every": 6, **settings}
         torch.manual_seed(0)
         self.opt = attach(self.model, method, lr=1e-2, accum_steps=K, **settings)
         self.opt.warmup_steps = 3
