@@ -73,8 +73,8 @@ class Steps:
         self.opt, self.wanted = opt, wanted and passes <= most
         self.refreshes = (passes + REST) * (1 + opt.turns) <= most
         self.version = opt.version  # that graphs belong to
-        # Kinds of steps since then. To capture one takes as long as a step, and saves a fifth of it: those with
-        # a refresh are when they come again, for tensors that are replaced round by round never.
+        # Kinds of steps since then. A capture takes as long as a step and saves a fifth of it: steps with a
+        # refresh are captured when they come again, which they do not where ranks change round by round.
         self.seen: set[int | None] = set()
         self.graphs: dict[int, Graph] = {}  # by Engine.kind
         self.searches: dict[Any, Search] = {}  # by shapes of bases, and where their gradients are

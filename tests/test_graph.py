@@ -177,6 +177,17 @@ def test_bases_are_found_and_taken_in_graphs(fails, monkeypatch):
     compare(*sides)
 
 
+@kills("optim/refresh.py", "not any(b.fresh for b in bases)", "True")
+def test_a_basis_that_comes_after_a_random_one_is_found_without():
+    sides = [Training("galore_8bit", wanted) for wanted in (True, False)]
+    for t in sides:
+        t.train(9)
+        for b in t.opt.bases:
+            b.fresh = True  # as where the first round's gradients were zero
+        t.train(5, 2)
+    compare(*sides)
+
+
 @kills("optim/refresh.py", 'and self._policy(bases[0], False) == "keep"', "")
 @kills("optim/refresh.py", 'if self.finder != "warm" or self.ranks', 'if self.finder == "svd" or self.ranks')
 @kills("optim/graph.py", "                self.searched = False\n", "")
@@ -264,7 +275,7 @@ def test_graphs_end_where_tensors_are_replaced(monkeypatch):
 @kills("optim/graph.py", "self.wait = EAGER  #", "self.wait = 0  #")
 def test_a_process_that_goes_on_runs_two_steps_before_it_captures():
     one, two = Training("galore", True), Training("galore", True)
-    one.train(9)
+    one.train(11)  # no basis is replaced in the next
     two.model.load_state_dict(one.model.state_dict())
     two.opt.load_state_dict(one.opt.state_dict())
     two.train(2)

@@ -118,7 +118,7 @@ def run(script, **env):
 @kills("kernels/natural.py", "return g.to(tl.float32) * tl.load(row + 2)", "return g.to(tl.float32)")
 def test_interpreted_kernels_equal_the_reference():
     code, out = run("interpreted.py", TRITON_INTERPRET="1")
-    assert code == 0 and out.count("ok ") == 84, out
+    assert code == 0 and out.count("ok ") == 88, out
 
 
 @kills(
