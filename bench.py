@@ -10,8 +10,8 @@
 By itself: galore_8bit and gradnormlorp_8bit beside our own adamw (moments bf16), then every peer beside our
 adamw, at 7B, where both would not fit, beside galore_8bit. What is in the record already, of this commit and
 card, is not measured again. `optim` names other methods, `peers` what stands beside them: adamw (ours) or
-another of our methods, transformers, bitsandbytes, bitsandbytes_32bit, liger, liger_checkpointing,
-galore_torch, apollo_torch. Each peer is measured in a process of its own: Liger replaces what others run too.
+another of our methods, or a name of peers.py. Each peer is measured in a process of its own: Liger replaces
+what others run too.
 
 Steps that replace the bases of a block, and those that do not, are measured apart, after the first round of
 bases, as CUDA graphs, and weighted as if bases were replaced every 200 steps: at 7b 32 of 200 replace a
