@@ -13,10 +13,10 @@ card, is not measured again. `optim` names other methods, `peers` what stands be
 another of our methods, or a name of peers.py. Each peer is measured in a process of its own: Liger replaces
 what others run too.
 
-Steps that replace the bases of a block, and those that do not, are measured apart, after the first round of
-bases, as CUDA graphs, and weighted as if bases were replaced every 200 steps: at 7b 32 of 200 replace a
-block's. A side with a refresh or refresh_every of its own, the adapter methods, and adarankgrad
-unless with optim.adapt_refresh=false, are timed as they run. Settings of one side follow it after a plus:
+Steps that replace the bases of a block, and those that do not, are measured apart, after two rounds of bases,
+as CUDA graphs, and weighted as if bases were replaced every 200 steps: at 7b 32 of 200 replace a block's. A
+side with a refresh or refresh_every of its own, the adapter methods, and adarankgrad unless with
+optim.adapt_refresh=false, are timed as they run. Settings of one side follow it after a plus:
 optim=galore_8bit+optim.lift=deferred. `tokens`: of each of a step's `micro_batches` (1). `warm`: steps of
 each method before the timed ones.
 `profile` says where the time goes; with optim=METHOD+graph=off by shapes of products too.
@@ -118,8 +118,8 @@ class Ours:
         run before one is captured, only where there are no others."""
         torch.cuda.synchronize()
         times: dict[bool, dict[bool, list[float]]] = {k: {False: [], True: []} for k in (False, True)}
-        for (_, _, before), (refresh, settled, end) in pairwise(self.ends[first:]):
-            times[refresh][settled].append(before.elapsed_time(end))
+        for (_, _, before), (refresh, lasting, end) in pairwise(self.ends[first:]):
+            times[refresh][lasting].append(before.elapsed_time(end))
         return {refresh: of[True] or of[False] for refresh, of in times.items()}
 
     def steps(self, n: int) -> None:
@@ -130,9 +130,9 @@ class Ours:
             graphs = {} if runner.version != opt.version else runner.graphs
             never = not runner.wanted or refresh and not runner.refreshes
             batch = next(self.run.loader)
-            settled = never or kind in graphs
+            lasting = never or kind in graphs
             self.run.step(self.done, batch, batch.valid)
-            self.ends.append((refresh, settled, torch.cuda.Event(enable_timing=True)))
+            self.ends.append((refresh, lasting, torch.cuda.Event(enable_timing=True)))
             self.ends[-1][2].record()
             if self.run.book and self.run.book.due():
                 self.run.book.flush()

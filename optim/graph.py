@@ -107,7 +107,9 @@ class Steps:
         if kind >= 0:
             if not fresh:
                 opt.held = graph.held
-            if not (self._search() and self._rest(kind)):
+            if self._search():
+                self._rest(kind)
+            else:
                 opt.conclude()
         else:
             opt.stats = {k: v.clone() for k, v in graph.written.items() if k != "loss"}
@@ -188,7 +190,7 @@ class Steps:
             refresher.found = {n: subspace.Found(m.q, m.q.shape[1], subspace.FOUND) for n, m in found.items()}
         return bool(refresher.found)
 
-    def _rest(self, kind: int) -> bool:
+    def _rest(self, kind: int) -> None:
         """Engine.conclude with bases that were found."""
         opt, refresher = self.opt, self.opt.refresher
         for b, _ in refresher.waiting():
@@ -207,7 +209,6 @@ class Steps:
             opt.stats = stats
         else:
             opt.concluded(stats, rest.overlaps)
-        return True
 
     def _at_once(self, works: Sequence[Callable[[], Any]]) -> list[Any]:
         """What each returns, run beside each other on a GPU: short launches fill a small part of it."""

@@ -135,7 +135,6 @@ def test_a_replayed_step_is_the_step(method, monkeypatch):
 @kills("optim/engine.py", "            self.refresher.noted(b, b.asked)\n", "            pass\n")
 @kills("optim/engine.py", "        self.refresher.found.clear()\n", "")
 @kills("optim/refresh.py", "self.found.get(b.index) or", "")
-@kills("optim/refresh.py", "not any(b.fresh for b in bases)", "True")
 @kills(
     "optim/refresh.py",
     "if not kernels.capturing(q.device):\n                b.draw",
