@@ -245,7 +245,7 @@ def _natural_dots() -> Case:
     def call(x: dict[str, Any], impl: Impl) -> Any:
         return dispatch.natural_dots_(x["g"], x["state"], x["h"], impl=impl)
 
-    return Case("natural_dots", make, call, lambda x: size(x["g"], *x["state"].values()) + size(x["g"]) // 2)
+    return Case("natural_dots", make, call, lambda x: size(x["g"], *x["state"].values()))
 
 
 def _natural_weights() -> Case:
@@ -271,7 +271,7 @@ def _natural_mix() -> Case:
     def call(x: dict[str, Any], impl: Impl) -> Any:
         return dispatch.natural_mix(x["g"], x["state"], x["w"], x["place"], x["h"], impl=impl)
 
-    return Case("natural_mix", make, call, lambda x: 3 * size(x["g"]) + size(x["state"]["history"]))
+    return Case("natural_mix", make, call, lambda x: 3 * size(x["g"]) + 3 * size(x["state"]["history"]) // 4)
 
 
 CASES = {

@@ -1,8 +1,9 @@
 """Natural GaLore's step between a gradient and Adam: history.natural_dots_, natural_weights_, natural_mix.
 
 In torch the s past gradients are widened, copied and read some five times, 280 ms a step at 7B with s = 4 in
-8 bit; here they are read twice. Bytes a number in bf16 with them in 8 bit: 3 + s, and 6 + s for the mix that
-Adam reads. The system of s equations is solved in one program: cuSOLVER's small factors wait for the host.
+8 bit; here all but the one that is replaced are read twice. Bytes a number in bf16 with them in 8 bit: 2 + s,
+and 5 + s for the mix that Adam reads. The system of s equations is solved in one program: cuSOLVER's small
+factors wait for the host.
 """
 
 from __future__ import annotations
@@ -12,8 +13,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .adam import DTYPES, LEAST, QUANT, TILE, WARPS, number, rounded, tile
+from .adam import DTYPES, LEAST, QUANT, number, rounded, tile
 
+DOTS, MIX = (1024, 1), (1024, 4)  # numbers of a program, warps: sums over one warp need no barrier
 SOLVE_WARPS = 4
 VARIANTS = [  # gradient, history, with a column scale
     (torch.bfloat16, torch.int8, True),
@@ -45,14 +47,16 @@ def _past(
     history, scales, i, d, rows, cols, inside, mask, at, unit, STORE: tl.constexpr, SCALED: tl.constexpr,
     WIDTH: tl.constexpr,
 ):  # fmt: skip
-    """The same tile of past gradient i, fp32."""
+    """The same tile of past gradient i, fp32, and a factor of each row that is still to be applied."""
     x = tl.load(history + i * tl.cast(rows, tl.int64) * cols + at, mask=mask, other=0)
+    factor = 1.0
     if STORE == tl.int8:
         units = i * tl.cast(rows, tl.int64) * tl.cdiv(cols, WIDTH) + unit
-        x = number(x, True) * (1 / 127) * tl.load(scales + units, mask=inside, other=0.0)[:, None]
+        factor = tl.load(scales + units, mask=inside, other=0.0) * (1 / 127)
+        x = number(x, True)
         if SCALED:
             x = x * d
-    return tl.where(mask, x.to(tl.float32), 0.0)
+    return x.to(tl.float32), factor
 
 
 @triton.jit
@@ -93,13 +97,13 @@ def dots_kernel(
         code = g.to(STORE)
         kept = code.to(tl.float32)
     lane = tl.arange(0, P)
-    fresh = tl.zeros((P,), tl.float32)
-    held = tl.zeros((P,), tl.float32)
-    for i in tl.static_range(S):
-        x = _past(history, scales, i, d, rows, cols, inside, mask, at, unit, STORE, SCALED, WIDTH)
-        own = slot == i
-        fresh = tl.where(lane == i, tl.sum(tl.sum(tl.where(own, g, x) * g, 1), 0), fresh)
-        held = tl.where(lane == i, tl.sum(tl.sum(tl.where(own, kept, x) * kept, 1), 0), held)
+    fresh = tl.where(lane == slot, tl.sum(tl.sum(g * g, 1), 0), 0.0)
+    held = tl.where(lane == slot, tl.sum(tl.sum(kept * kept, 1), 0), 0.0)
+    for k in tl.static_range(1, S):
+        i = (slot + k) % S
+        x, factor = _past(history, scales, i, d, rows, cols, inside, mask, at, unit, STORE, SCALED, WIDTH)
+        fresh = tl.where(lane == i, tl.sum(tl.sum(x * g, 1) * factor, 0), fresh)
+        held = tl.where(lane == i, tl.sum(tl.sum(x * kept, 1) * factor, 0), held)
     out = out_ptr + tl.program_id(0) * 2 * P + lane
     tl.store(out, fresh)
     tl.store(out + P, held)
@@ -182,35 +186,32 @@ def mix_kernel(
     )
     place = tl.load(place_ptr)
     y = g * tl.load(w_ptr + place)
-    for i in tl.static_range(S):
-        w = tl.where(place == i, 0.0, tl.load(w_ptr + i))
-        y += w * _past(history, scales, i, d, rows, cols, inside, mask, at, unit, STORE, SCALED, WIDTH)
+    for k in tl.static_range(1, S):
+        i = (place + k) % S
+        x, factor = _past(history, scales, i, d, rows, cols, inside, mask, at, unit, STORE, SCALED, WIDTH)
+        factor = factor * tl.load(w_ptr + i)
+        y += x * (factor[:, None] if STORE == tl.int8 else factor)
     tl.store(out_ptr + at, y, mask=mask)
 
 
-def _sizes(g: Tensor) -> tuple[int, int, int]:
-    """Programs, rows and columns of a tile: in 8 bit a row of it is one quant block."""
+def _plan(g: Tensor, state: dict[str, Tensor], size: int, warps: int) -> tuple[int, dict[str, object]]:
+    """Programs, and what they are compiled for: in 8 bit a row of a tile is one quant block."""
     rows, cols = g.shape
     width = min(QUANT, max(16, triton.next_power_of_2(cols)))
-    blocks = TILE // width
-    return triton.cdiv(rows, blocks) * triton.cdiv(cols, width), blocks, width
-
-
-def _kinds(g: Tensor, state: dict[str, Tensor], blocks: int, width: int) -> dict[str, object]:
-    history = state["history"]
-    return {
+    blocks, history = size // width, state["history"]
+    return triton.cdiv(rows, blocks) * triton.cdiv(cols, width), {
         "S": len(history), "STORE": DTYPES[history.dtype], "SCALED": "d" in state,
-        "EVEN": g.shape[1] % width == 0, "BLOCKS": blocks, "WIDTH": width, "num_warps": WARPS,
+        "EVEN": cols % width == 0, "BLOCKS": blocks, "WIDTH": width, "num_warps": warps,
     }  # fmt: skip
 
 
 def launch_dots(g: Tensor, state: dict[str, Tensor], h: Tensor) -> Tensor:
-    history, (programs, blocks, width) = state["history"], _sizes(g)
+    history, (programs, kinds) = state["history"], _plan(g, state, *DOTS)
     size = triton.next_power_of_2(len(history))
     out = torch.empty(programs, 2, size, dtype=torch.float32, device=g.device)
     dots_kernel[(programs,)](
         g, history, state.get("history_scale"), state.get("d"), state["slot"], out, h, *g.shape, g.stride(0),
-        P=size, **_kinds(g, state, blocks, width),
+        P=size, **kinds,
     )  # fmt: skip
     return out.sum(0)[:, : len(history)].contiguous()  # ranks may sum it
 
@@ -228,10 +229,10 @@ def launch_weights(
 
 
 def launch_mix(g: Tensor, state: dict[str, Tensor], w: Tensor, place: Tensor, h: Tensor) -> Tensor:
-    programs, blocks, width = _sizes(g)
+    programs, kinds = _plan(g, state, *MIX)
     out = torch.empty(g.shape, dtype=torch.float32, device=g.device)
     mix_kernel[(programs,)](
         g, state["history"], state.get("history_scale"), state.get("d"), w, place, out, h, *g.shape,
-        g.stride(0), **_kinds(g, state, blocks, width),
+        g.stride(0), **kinds,
     )  # fmt: skip
     return out

@@ -100,8 +100,13 @@ def run(script, **env):
 )
 @kills("kernels/adam.py", "WHOLE=even and rows % blocks == 0", "WHOLE=even")
 @kills("kernels/adam.py", "WHOLE=even and rows % blocks == 0", "WHOLE=rows % blocks == 0")
-@kills("kernels/natural.py", "tl.where(own, kept, x) * kept", "x * kept")
-@kills("kernels/natural.py", "tl.where(own, g, x) * g", "x * g")
+@kills("kernels/natural.py", "tl.sum(tl.sum(kept * kept, 1), 0)", "tl.sum(tl.sum(kept * g * 0, 1), 0)")
+@kills("kernels/natural.py", "tl.sum(tl.sum(g * g, 1), 0)", "tl.sum(tl.sum(g * kept, 1), 0)")
+@kills("kernels/natural.py", "i = (slot + k) % S", "i = k")
+@kills("kernels/natural.py", "i = (place + k) % S", "i = k")
+@kills("kernels/natural.py", "tl.sum(x * g, 1) * factor", "tl.sum(x * g, 1)")
+@kills("kernels/natural.py", "tl.sum(x * kept, 1) * factor", "tl.sum(x * kept, 1)")
+@kills("kernels/natural.py", "factor = factor * tl.load(w_ptr + i)", "factor = tl.load(w_ptr + i)")
 @kills(
     "kernels/natural.py",
     "if tl.load(row + 3) > 0:\n        tl.store(history",
@@ -111,7 +116,6 @@ def run(script, **env):
 @kills("kernels/natural.py", "x - factor * top", "x + factor * top")
 @kills("kernels/natural.py", "(slot + 1) % S", "slot + 1")
 @kills("kernels/natural.py", "tl.where(eight == 2, 1.0, ", "tl.where(eight == 9, 1.0, ")
-@kills("kernels/natural.py", "tl.where(place == i, 0.0, ", "tl.where(place == S, 0.0, ")
 @kills("kernels/natural.py", "y = g * tl.load(w_ptr + place)", "y = g")
 @kills("kernels/natural.py", "            x = x * d\n", "            pass\n")
 @kills("kernels/natural.py", "kept = kept * d", "pass")

@@ -82,18 +82,23 @@ def cases():
     for grad, store, scaled in natural.VARIANTS:
         both = {"g_ptr": f"*{TYPES[grad]}", "history": f"*{TYPES[store]}"}
         kinds = {"S": 4, "STORE": adam.DTYPES[store], "SCALED": scaled, "EVEN": True, "WIDTH": 256}
-        kinds["BLOCKS"] = adam.TILE // 256
         for name, given in (("scales", store == torch.int8), ("d_ptr", scaled)):
             (both if given else kinds)[name] = "*fp32" if given else None
         sizes = {"row": "*fp32", "rows": "i32", "cols": "i32", "stride": "i32"}
-        for kernel, more, rest in (
-            (natural.dots_kernel, {"slot_ptr": "*i64", "out_ptr": "*fp32"}, {"P": 4}),
-            (natural.mix_kernel, {"w_ptr": "*fp32", "place_ptr": "*i64", "out_ptr": "*fp32"}, {}),
+        for kernel, more, rest, (size, warps) in (
+            (natural.dots_kernel, {"slot_ptr": "*i64", "out_ptr": "*fp32"}, {"P": 4}, natural.DOTS),
+            (
+                natural.mix_kernel,
+                dict.fromkeys(("w_ptr", "out_ptr"), "*fp32") | {"place_ptr": "*i64"},
+                {},
+                natural.MIX,
+            ),
         ):
+            rest["BLOCKS"] = size // 256
             arguments = both | more | sizes
             aligned = [n for n in arguments if n != "rows"]
             what = f"natural {grad} {store} {'scaled' if scaled else ''}"
-            yield kernel, arguments, kinds | rest, adam.WARPS, aligned, what
+            yield kernel, arguments, kinds | rest, warps, aligned, what
     for history in (64,):
         arguments = dict.fromkeys(("dots", "gram_ptr", "row", "w_ptr", "row_ptr"), "*fp32")
         arguments |= dict.fromkeys(("slot_ptr", "filled_ptr", "place_ptr"), "*i64")
