@@ -276,8 +276,7 @@ def test_another_rank_lets_the_first_say_why(command, tmp_path, monkeypatch, cap
 
 
 def test_two_ranks_report_a_bad_setting_once(whole, command):
-    cases = (("tokens_per_step=192", "2 ranks"), ("model.vocab_size=300", "384"), ("steps=-3", "outside"))
-    for change, says in cases:
+    for change, says in (("tokens_per_step=192", "2 ranks"), ("model.vocab_size=300", "384")):
         args = command(whole.parent, change, "run.name=other", f"data.tokenizer={whole}/tokenizer.model")
         two = torchrun(2, args)
         lines = [line for line in two.stderr.splitlines() if change.split("=")[0] in line]

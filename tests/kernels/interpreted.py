@@ -239,7 +239,7 @@ def grouped(weight, direction, noise):
 def norms(dtype, aligned):
     """Tensors as they come, columns of wider ones between NaNs, empty ones: one launch for all. The largest
     takes more programs than the others."""
-    norms_module.LARGE, norms_module.MANY = 1100 * 256, 70
+    norms_module.LARGE, norms_module.MANY, norms_module.PARTS = 1100 * 256, 10, 8
     g = torch.Generator().manual_seed(0)
     gap = 8 if aligned else 3
     shapes = [(8, 16), (33, 128), (1100, 256), (520, 256), (3, 1024), (0, 8)] + (
@@ -266,7 +266,8 @@ def norms(dtype, aligned):
 def probed(dtype, aligned):
     """[R, Z] between NaNs, of more rows than one program takes, of none, of ranks that no tile divides."""
     g = torch.Generator().manual_seed(0)
-    shapes = [(33, 128), (70, 264), (4200, 8), (0, 16), *([] if aligned else [(5, 3), (9, 300)])]
+    norms_module.PARTS = 8
+    shapes = [(33, 128), (70, 264), (600, 8), (0, 16), *([] if aligned else [(5, 3), (9, 300)])]
     rs, zs, crosses = [], [], []
     for rows, rank in shapes:
         wide = torch.full((rows, rank + 24 if aligned else rank + 19), float("nan")).to(dtype)
