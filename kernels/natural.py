@@ -16,7 +16,6 @@ from torch import Tensor
 from .adam import DTYPES, LEAST, QUANT, number, rounded, tile
 
 DOTS, MIX = (1024, 1), (1024, 4)  # numbers of a program, warps: sums over one warp need no barrier
-SOLVE_WARPS = 4
 VARIANTS = [  # gradient, history, with a column scale
     (torch.bfloat16, torch.int8, True),
     (torch.bfloat16, torch.int8, False),
@@ -216,6 +215,11 @@ def launch_dots(g: Tensor, state: dict[str, Tensor], h: Tensor) -> Tensor:
     return out.sum(0)[:, : len(history)].contiguous()  # ranks may sum it
 
 
+def solve_warps(history: int) -> int:
+    """One needs no barriers; 64 equations have too many numbers for it."""
+    return 1 if history <= 8 else 4
+
+
 def launch_weights(
     dots: Tensor, state: dict[str, Tensor], h: Tensor, damping: float
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -223,7 +227,8 @@ def launch_weights(
     w, place, row = torch.empty_like(gram[0]), torch.empty_like(slot), torch.empty_like(h)
     weights_kernel[(1,)](
         dots, gram, slot, state["filled"], h, w, place, row, damping,
-        SMALL=info.tiny / info.eps, S=len(gram), P=triton.next_power_of_2(len(gram)), num_warps=SOLVE_WARPS,
+        SMALL=info.tiny / info.eps, S=len(gram), P=triton.next_power_of_2(len(gram)),
+        num_warps=solve_warps(len(gram)),
     )  # fmt: skip
     return w, place, row
 

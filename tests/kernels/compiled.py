@@ -101,12 +101,13 @@ def cases():
             aligned = [n for n in arguments if n != "rows"]
             what = f"natural {grad} {store} {'scaled' if scaled else ''}"
             yield kernel, arguments, kinds | rest, warps, aligned, what
-    for history in (64,):
+    for history in (64, 4):
         arguments = dict.fromkeys(("dots", "gram_ptr", "row", "w_ptr", "row_ptr"), "*fp32")
         arguments |= dict.fromkeys(("slot_ptr", "filled_ptr", "place_ptr"), "*i64")
         arguments |= {"damping": "fp32"}
         constants = {"SMALL": 1e-31, "S": history, "P": history}
-        yield natural.weights_kernel, arguments, constants, natural.SOLVE_WARPS, None, f"solve {history}"
+        warps = natural.solve_warps(history)
+        yield natural.weights_kernel, arguments, constants, warps, None, f"solve {history}"
     for (weight, direction, noise), (size, decay) in itertools.product(
         grouped.VARIANTS, ((32, False), (43, True))
     ):
