@@ -28,13 +28,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
-from torch.distributed.tensor import DTensor
 
 from . import kernels, magnitude, moments, subspace
+from .comm import local, sharded
 from .layer import ProjectedLinear, unproject
 from .reduce import Reduce
 from .scalars import Scalars
-from .unit import Basis, Unit, local
+from .unit import Basis, Unit
 
 ROWS = 1024  # of W0 are cast at a time
 
@@ -94,7 +94,9 @@ class AdaptedLinear(ProjectedLinear):
 
     def folded(self) -> Tensor:
         w, folded = self.adapter.weight, self.adapter.folded()
-        if isinstance(w, DTensor):
+        if sharded(w):
+            from torch.distributed.tensor import DTensor
+
             mesh, like = w.device_mesh, {"run_check": False, "shape": w.shape, "stride": w.stride()}
             folded = DTensor.from_local(folded, mesh, w.placements, **like)  # type: ignore[arg-type]
         return folded

@@ -15,14 +15,15 @@ from __future__ import annotations
 import math
 import re
 import warnings
+from typing import TYPE_CHECKING
 
 import torch
 import torch.distributed as dist
 from torch import nn
-from torch.distributed.tensor import DTensor, Shard
 from torch.nn.parallel import DistributedDataParallel
 
 from .assign import defer, give_adapters, give_bases
+from .comm import local, sharded
 from .config import (
     AdapterConfig,
     BasisConfig,
@@ -36,8 +37,11 @@ from .engine import Engine, basis_dtype
 from .layer import ProjectedLinear
 from .methods import METHODS, Method, adam
 from .reduce import Reduce, sum_shards
-from .unit import Basis, Unit, local
+from .unit import Basis, Unit
 from .velora import give_groups, project_layers
+
+if TYPE_CHECKING:
+    from torch.distributed.tensor import DTensor
 
 HEAD = re.compile(r"(^|\.)(\w*head\w*|embed_out|output|classifier|score)$")
 
@@ -85,7 +89,7 @@ def attach(
             "model: a DistributedDataParallel shows its hooks one rank's gradient, and replicas would drift; "
             'attach to model.module with group=... and reduce="mean", and train that without the wrapper'
         )
-    cut = [(name, p) for name, p in model.named_parameters() if isinstance(p, DTensor) and p.requires_grad]
+    cut = [(name, p) for name, p in model.named_parameters() if sharded(p) and p.requires_grad]
     if cut:
         problems += sharding(*cut[0], cfg, group)
     if velora:
@@ -94,7 +98,8 @@ def attach(
         raise ValueError("\n".join(problems))
     if group is None and dist.is_initialized() and dist.get_world_size() > 1:
         warnings.warn("group: none given among several ranks, so nothing is reduced", stacklevel=2)
-    sum_shards(model, mean=reduce == "mean")
+    if cut:
+        sum_shards(model, mean=reduce == "mean")
     units = own(model, cfg, METHODS[method])
     numbers, first = sum(math.prod(u.size) for u in units), local(units[0].param)
     comm = Reduce(group, reduce == "mean")
@@ -132,6 +137,8 @@ def attach(
 
 def sharding(name: str, p: DTensor, cfg: OptimConfig, group: dist.ProcessGroup | None) -> list[str]:
     """What stands against training a model whose weights are cut like this one."""
+    from torch.distributed.tensor import Shard
+
     problems = []
     if group is None:
         problems.append(
@@ -207,7 +214,7 @@ def without_padding(name: str, module: nn.Module, p: nn.Parameter) -> tuple[int,
     size = (module.out_features, module.in_features)
     if p.shape == size or p.shape[0] < size[0] or p.shape[1] < size[1]:
         return tuple(p.shape)
-    if isinstance(p, DTensor):
+    if sharded(p):
         raise ValueError(f"{name}: sharded and padded; build the model without padding (model.pad=false)")
     if not p.is_meta and (p[size[0] :].any() or p[:, size[1] :].any()):
         raise ValueError(

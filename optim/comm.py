@@ -1,4 +1,5 @@
-"""Who runs beside us: launcher detection, one process group, and the few collectives a run needs.
+"""Who runs beside us: launcher detection, one process group, the few collectives a run needs; which rows of a
+weight are here.
 
 Every operation is a no-op when the process is alone, so no caller asks whether it is distributed. Collectives
 on gradients are launched by the engine, in one fixed order on all ranks; the ones here carry single numbers.
@@ -8,13 +9,18 @@ from __future__ import annotations
 
 import os
 import re
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypeGuard
 
 import torch
 import torch.distributed as dist
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from torch.distributed.tensor import DTensor
 
 
 class Elsewhere(RuntimeError):
@@ -126,3 +132,14 @@ def first_host(nodes: str) -> str:
     if not found:
         raise ValueError(f"SLURM node list {nodes!r}: cannot read its first host; set MASTER_ADDR")
     return found.group(1) + (found.group(2) or "")
+
+
+def sharded(w: Tensor) -> TypeGuard[DTensor]:
+    """Whether w is a DTensor (FSDP2). They take a second to import: who has not, has none."""
+    module = sys.modules.get("torch.distributed.tensor")
+    return module is not None and isinstance(w, module.DTensor)
+
+
+def local(w: Tensor) -> Tensor:
+    """The rows of a weight on this rank: all of them unless it is sharded."""
+    return w.to_local() if sharded(w) else w

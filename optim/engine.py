@@ -31,13 +31,14 @@ from torch import Tensor, nn
 
 from . import lift, magnitude, memory, state, velora
 from .adarank import AdaRank
+from .comm import local
 from .config import AdaRankConfig, OptimConfig
 from .landing import NORM_OF, Landing
 from .layer import unproject
 from .reduce import Reduce
 from .refresh import Eager, Held, Refresher, due
 from .scalars import Scalars
-from .unit import Basis, Unit, local
+from .unit import Basis, Unit
 from .watch import Watch, missing
 
 

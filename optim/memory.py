@@ -15,7 +15,8 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 
 from . import kernels, velora
-from .unit import PROBE, Unit, local
+from .comm import local
+from .unit import PROBE, Unit
 
 if TYPE_CHECKING:
     from .engine import Engine

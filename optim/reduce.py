@@ -16,10 +16,9 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
-from torch.distributed.fsdp import FSDPModule
-from torch.distributed.tensor import DTensor
 
-from .unit import Unit, local
+from .comm import local, sharded
+from .unit import Unit
 
 
 class Flight:
@@ -72,7 +71,7 @@ class Reduce:
 
     def gather_rows(self, w: Tensor, g: Tensor) -> Tensor:
         """Of a row-sharded w: this rank's rows g to all rows, on every rank."""
-        if not isinstance(w, DTensor):
+        if not sharded(w):
             return g
         out, each = w.shape[0], self.rows(w)
         mine = F.pad(g, (0, 0, 0, each - len(g))).contiguous()
@@ -93,7 +92,7 @@ class Reduce:
 
     def sum_parts(self, w: Tensor, t: Tensor) -> Tensor:
         """Of a row-sharded w: the sum over ranks of what each has of its rows."""
-        if isinstance(w, DTensor):
+        if sharded(w):
             dist.all_reduce(t, group=self.group)
         return t
 
@@ -111,6 +110,8 @@ class Reduce:
 
 def sum_shards(model: torch.nn.Module, mean: bool) -> None:
     """FSDP2 averages gradients unless told otherwise."""
+    from torch.distributed.fsdp import FSDPModule
+
     for module in model.modules():
         if isinstance(module, FSDPModule) and not mean:
             module.set_gradient_divide_factor(1.0)

@@ -20,7 +20,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch._dynamo.eval_frame import OptimizedModule
 
 from . import kernels, magnitude, moments, subspace
 from .reduce import Reduce
@@ -229,6 +228,8 @@ class Eager:
 
     def enter(self, paths: list[str]) -> None:
         """paths: names of the layers in `root`. Modules that are eager already are passed over."""
+        from torch._dynamo.eval_frame import OptimizedModule  # takes a second: not for a refused command line
+
         for path in paths:
             parent = self.root
             for part in path.split("."):

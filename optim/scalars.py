@@ -13,8 +13,9 @@ import torch
 from torch import Tensor
 
 from . import kernels
+from .comm import local
 from .rules import Rule
-from .unit import Unit, local
+from .unit import Unit
 
 Column = kernels.Column
 

@@ -10,8 +10,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from . import lift, moments
+from .comm import local
 from .refresh import floored
-from .unit import Unit, local
+from .unit import Unit
 
 if TYPE_CHECKING:
     from .engine import Engine

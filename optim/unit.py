@@ -25,11 +25,10 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
-import torch._dynamo
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 
 from . import kernels, lift, subspace
+from .comm import local, sharded
 from .layer import ProjectedLinear, coordinate
 from .rules import Rule
 from .rules.adam import Adam
@@ -39,11 +38,6 @@ if TYPE_CHECKING:
     from .adapter import Adapter
 
 PROBE = kernels.PROBE  # columns of the norm probe: 1.6% of the products of R at r = 1024
-
-
-def local(w: Tensor) -> Tensor:
-    """The rows of a weight on this rank: all of them unless it is sharded (FSDP2)."""
-    return w.to_local() if isinstance(w, DTensor) else w
 
 
 @dataclass(eq=False)
@@ -212,7 +206,7 @@ class Unit:
 
     @property
     def sharded(self) -> bool:
-        return isinstance(self.param, DTensor)
+        return sharded(self.param)
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -300,6 +294,8 @@ class Unit:
 
     def _vary(self, b: Basis) -> None:
         """A compiled block takes any rank of this basis, and is not compiled anew for another."""
+        import torch._dynamo
+
         torch._dynamo.mark_dynamic(b.qs, 1)
         torch._dynamo.mark_dynamic(self.leaves[0], 1 if b.side == "input" else 0)
         if "c" in self.state:

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from optim import attach, moments
-from optim.unit import local
+from optim.comm import local
 from tests.mutants import kills
 from tests.tiny import Tiny, batches, flat, keys, ranks, run, summed_loss, train
 

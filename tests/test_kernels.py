@@ -235,8 +235,9 @@ def test_a_dense_step_adds_the_direction_and_is_the_formula(store):
 @kills("kernels/check.py", "return 1 if wrong else 0", "return 0")
 @kills("kernels/check.py", "4 * tol * largest", "400 * tol * largest")
 def test_check_believes_the_kernels_and_no_others():
-    """python -m kernels.check, small and in the interpreter; then with results that are a little wrong."""
+    """python -m kernels.check, small and in the interpreter; then one whose results are a little wrong."""
     wrong = """
+c.CASES = {"tangent": c.CASES["tangent"]}
 real = c.CASES["tangent"].call
 def call(x, impl):
     s = real(x, impl)

@@ -1,13 +1,15 @@
 """Who may import whom, and what a source file looks like, read from the syntax trees."""
 
 import ast
+import subprocess
+import sys
 import tomllib
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-from tests.mutants import mutants
+from tests.mutants import kills, mutants
 
 ROOT = Path(__file__).parents[1]
 PACKAGES = ("configs", "data", "kernels", "llama", "optim")
@@ -111,3 +113,13 @@ def test_every_mutant_names_one_place_in_the_source() -> None:
     found = [m for path in sorted((ROOT / "tests").glob("test_*.py")) for m in mutants(path)]
     lost = [(m.test, m.old) for m in found if (ROOT / m.file).read_text().count(m.old) != 1]
     assert len(found) > 200 and not lost
+
+
+@kills("optim/comm.py", "import sys\n", "import sys\nimport torch._dynamo\n")
+@kills("optim/reduce.py", "import torch\n", "import torch\nimport torch.distributed.fsdp\n")
+def test_a_line_is_refused_without_what_is_slow_to_import() -> None:
+    """Dynamo and DTensors take as long as torch."""
+    script = "import sys, train; print(train.main(['steps=-3']), {MODULES} & set(sys.modules))"
+    script = script.replace("MODULES", "'torch._dynamo', 'torch.distributed.tensor'")
+    done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True)
+    assert done.stdout.strip() == "2 set()", done

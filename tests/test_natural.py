@@ -13,10 +13,10 @@ from hypothesis import strategies as st
 import kernels
 from kernels import Column
 from optim import attach, moments
+from optim.comm import local
 from optim.refresh import Refresher
 from optim.rules.adam import Adam
 from optim.rules.natural import Natural
-from optim.unit import local
 from tests.mutants import kills
 from tests.test_engine import SIDES, START, close, on_rank
 from tests.tiny import Oracle, Tiny, batches, flat, keys, moved, parallel, ranks, run, summed_loss, train
