@@ -13,9 +13,7 @@ from triton.compiler import ASTSource
 
 from kernels import adam, cross_entropy, grouped, natural, norms, rescale, rows
 
-FULL = (
-    89,
-)  # every variant; for the others one of each kernel, of 8-bit moments and in bf16 where it has any
+FULL = 89  # every variant; for the others one of each kernel, 8-bit and bf16 where it has such
 CARDS = (80, 86, 89, 90, 120)  # A100, RTX 3090, RTX 4090, H100 and H200, RTX 5090
 SHARED = 101_376  # bytes a program may have on a 3090, 4090 or 5090
 TYPES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.int8: "i8"}
@@ -87,16 +85,13 @@ def cases():
         for name, given in (("scales", store == torch.int8), ("d_ptr", scaled)):
             (both if given else kinds)[name] = "*fp32" if given else None
         sizes = {"row": "*fp32", "rows": "i32", "cols": "i32", "stride": "i32"}
+        dots = {"slot_ptr": "*i64", "out_ptr": "*fp32"}
+        mix = {"w_ptr": "*fp32", "place_ptr": "*i64", "out_ptr": "*fp32"}
         for kernel, more, rest, (size, warps) in (
-            (natural.dots_kernel, {"slot_ptr": "*i64", "out_ptr": "*fp32"}, {"P": 4}, natural.DOTS),
-            (
-                natural.mix_kernel,
-                dict.fromkeys(("w_ptr", "out_ptr"), "*fp32") | {"place_ptr": "*i64"},
-                {},
-                natural.MIX,
-            ),
+            (natural.dots_kernel, dots, {"P": 4}, natural.DOTS),
+            (natural.mix_kernel, mix, {}, natural.MIX),
         ):
-            rest["BLOCKS"] = size // 256
+            rest = rest | {"BLOCKS": size // 256}
             arguments = both | more | sizes
             aligned = [n for n in arguments if n != "rows"]
             what = f"natural {grad} {store} {'scaled' if scaled else ''}"
@@ -182,10 +177,6 @@ def cases():
         )
 
 
-def usual(what):
-    return "int8" in what, "bfloat16" in what
-
-
 def compiled(job):
     n, card = job
     *case, what = list(cases())[n]
@@ -193,12 +184,10 @@ def compiled(job):
 
 
 if __name__ == "__main__":
-    names = [(kernel, what) for kernel, *_, what in cases()]
-    few = [
-        max((n for n, (k, _) in enumerate(names) if k is kernel), key=lambda n: usual(names[n][1]))
-        for kernel in dict.fromkeys(kernel for kernel, _ in names)
-    ]
-    jobs = [(n, card) for card in CARDS for n in (range(len(names)) if card in FULL else few)]
+    every = list(enumerate(cases()))
+    usual = sorted(reversed(every), key=lambda job: ("int8" in job[1][-1], "bfloat16" in job[1][-1]))
+    few = {kernel: n for n, (kernel, *_) in usual}.values()  # the last of each
+    jobs = [(n, card) for card in CARDS for n in (range(len(every)) if card == FULL else few)]
     with ProcessPoolExecutor(os.cpu_count(), multiprocessing.get_context("spawn")) as pool:
         done = list(pool.map(compiled, jobs))
     for ok, line in done:

@@ -42,6 +42,8 @@ STORES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.int8: "int8"}
 GUARD = 64  # numbers behind every tensor that a kernel writes
 ONE, ZERO = torch.tensor(1.0), torch.tensor(0.0)
 
+# few programs, of milliseconds each; the largest of `norms` takes more than the others
+norms_module.LARGE, norms_module.MANY, norms_module.PARTS = 1100 * 256, 10, 8
 torch.use_deterministic_algorithms(True)  # torch.empty is filled with NaN
 assert torch.empty(3).isnan().all()
 
@@ -240,7 +242,6 @@ def grouped(weight, direction, noise):
 def norms(dtype, aligned):
     """Tensors as they come, columns of wider ones between NaNs, empty ones: one launch for all. The largest
     takes more programs than the others."""
-    norms_module.LARGE, norms_module.MANY, norms_module.PARTS = 1100 * 256, 10, 8
     g = torch.Generator().manual_seed(0)
     gap = 8 if aligned else 3
     shapes = [(8, 16), (33, 128), (1100, 256), (520, 256), (3, 1024), (0, 8)] + (
@@ -267,7 +268,6 @@ def norms(dtype, aligned):
 def probed(dtype, aligned):
     """[R, Z] between NaNs, of more rows than one program takes, of none, of ranks that no tile divides."""
     g = torch.Generator().manual_seed(0)
-    norms_module.PARTS = 8
     shapes = [(33, 128), (70, 264), (600, 8), (0, 16), *([] if aligned else [(5, 3), (9, 300)])]
     rs, zs, crosses = [], [], []
     for rows, rank in shapes:
