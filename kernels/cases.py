@@ -44,12 +44,16 @@ def row(device: torch.device) -> Tensor:
     return torch.tensor([h[c] for c in sorted(h)], device=device, dtype=torch.float32)
 
 
-def state(device: torch.device, rows: int, cols: int, store: str, scaled: bool = False) -> dict[str, Tensor]:
-    """Moments of gradients whose columns fall off as 1 / n, which a column scale evens out."""
-    fall = 1 / torch.arange(1, cols + 1, device=device)
-    dtype, found = STORES[store], dict[str, Tensor]()
-    if scaled:
-        found["d"] = fall * 1.3
+def falling(device: torch.device, cols: int) -> Tensor:
+    return 1 / torch.arange(1, cols + 1, device=device)
+
+
+def state(
+    device: torch.device, rows: int, cols: int, store: str, d: Tensor | None = None
+) -> dict[str, Tensor]:
+    """Moments of gradients whose columns fall off as 1 / n, which a column scale d may even out."""
+    fall = falling(device, cols)
+    dtype, found = STORES[store], {} if d is None else {"d": d}
     wide = [random(device, rows, cols, dtype=torch.float32, seed=n) * fall for n in range(2)]
     for name, value in (("m", wide[0]), ("v", wide[1].square())):
         if store == "int8":
@@ -98,7 +102,7 @@ def _adam(store: str) -> Case:
 def _direction(store: str) -> Case:
     def make(rows: int, cols: int, device: torch.device) -> dict[str, Any]:
         both = random(device, rows, cols + PROBE, seed=2) / torch.arange(1, cols + PROBE + 1, device=device)
-        own = state(device, rows, cols, store, scaled=store == "int8")
+        own = state(device, rows, cols, store, 1.3 * falling(device, cols) if store == "int8" else None)
         return {"g": both.bfloat16()[:, :cols], "state": own, "h": row(device)}
 
     def call(x: dict[str, Any], impl: Impl) -> Any:
@@ -110,8 +114,8 @@ def _direction(store: str) -> Case:
 def _rescale() -> Case:
     def make(rows: int, cols: int, device: torch.device) -> dict[str, Any]:
         return {
-            "state": state(device, rows, cols, "int8", scaled=True),
-            "d": 2 / torch.arange(1, cols + 1, device=device),
+            "state": state(device, rows, cols, "int8", 1.3 * falling(device, cols)),
+            "d": 2 * falling(device, cols),
         }
 
     def call(x: dict[str, Any], impl: Impl) -> Any:
@@ -260,18 +264,24 @@ def _natural_weights() -> Case:
     return Case("natural_weights", make, call, lambda x: size(x["dots"], x["state"]["gram"]))
 
 
-def _natural_mix() -> Case:
+def _natural_direction() -> Case:
     def make(rows: int, cols: int, device: torch.device) -> dict[str, Any]:
         w = torch.tensor([0.1, 0.7, -0.2, 0.05], device=device)
         place = torch.ones(1, dtype=torch.int64, device=device)
-        return {"g": random(device, rows, cols), "state": past(device, rows, cols), "w": w} | {
-            "place": place, "h": row(device),
-        }  # fmt: skip
+        own = past(device, rows, cols)
+        own |= state(device, rows, cols, "int8", own["d"])
+        return {"g": random(device, rows, cols), "state": own, "w": w, "place": place, "h": row(device)}
 
     def call(x: dict[str, Any], impl: Impl) -> Any:
-        return dispatch.natural_mix(x["g"], x["state"], x["w"], x["place"], x["h"], impl=impl)
+        return dispatch.natural_direction_(
+            x["g"], x["state"], x["w"], x["place"], x["h"], *BETAS, torch.bfloat16, impl=impl
+        )
 
-    return Case("natural_mix", make, call, lambda x: 3 * size(x["g"]) + 3 * size(x["state"]["history"]) // 4)
+    def moved(x: dict[str, Any]) -> int:
+        moments = [x["state"][k] for k in ("m", "v", "m_scale", "v_scale")]
+        return 2 * size(x["g"], *moments) + 3 * size(x["state"]["history"]) // 4
+
+    return Case("natural_direction", make, call, moved)
 
 
 CASES = {
@@ -279,6 +289,6 @@ CASES = {
     for c in (
         *map(_adam, STORES), *map(_direction, STORES), _rescale(), _squares(), _probe(), _cross_entropy(),
         _rows(), _tangent(), _row_sums(), _magnitude(), _parts(), _grouped(),
-        _natural_dots(), _natural_weights(), _natural_mix(),
+        _natural_dots(), _natural_weights(), _natural_direction(),
     )
 }  # fmt: skip

@@ -222,8 +222,8 @@ def natural_dots_(g: Tensor, state: State, h: Tensor, impl: Impl = "auto") -> Te
 
 def natural_weights_(
     dots: Tensor, state: State, h: Tensor, damping: float, impl: Impl = "auto"
-) -> tuple[Tensor, Tensor, Tensor]:
-    """history.natural_weights_, same arguments: w (s,), place (1,), h for the update."""
+) -> tuple[Tensor, Tensor]:
+    """history.natural_weights_, same arguments: w (s,), place (1,)."""
     if choose([dots, state["gram"], h], impl, (torch.float32,)) == "ref":
         return history.natural_weights_(dots, state, h, damping)
     from . import natural
@@ -231,18 +231,25 @@ def natural_weights_(
     return natural.launch_weights(dots, state, h, damping)
 
 
-def natural_mix(g: Tensor, state: State, w: Tensor, place: Tensor, h: Tensor, impl: Impl = "auto") -> Tensor:
-    """history.natural_mix, same arguments: g~, fp32."""
-    if _choose_natural(g, state, h, impl) == "ref":
-        return history.natural_mix(g, state, w, place, h)
+def natural_direction_(
+    g: Tensor, state: State, w: Tensor, place: Tensor, h: Tensor, beta1: float, beta2: float, eps: float,
+    dtype: torch.dtype, impl: Impl = "auto",
+) -> Tensor:  # fmt: skip
+    """history.natural_direction_, same arguments: (rows, cols) contiguous, -lr times the direction of g~."""
+    if _choose_natural(g, state, h, impl, dtype) == "ref":
+        return history.natural_direction_(g, state, w, place, h, beta1, beta2, eps, dtype)
     from . import natural
 
-    return natural.launch_mix(g, state, w, place, h)
+    return natural.launch_direction(g, state, w, place, h, beta1, beta2, eps, dtype)
 
 
-def _choose_natural(g: Tensor, state: State, h: Tensor, impl: Impl) -> str:
+def _choose_natural(
+    g: Tensor, state: State, h: Tensor, impl: Impl, dtype: torch.dtype = torch.float32
+) -> str:
     problem = ""
-    if g.dtype not in FLOATS or g.ndim != 2 or g.stride(1) != 1 or not g.numel():
+    if dtype not in FLOATS:
+        problem = f"{g.dtype} to {dtype}"
+    elif g.dtype not in FLOATS or g.ndim != 2 or g.stride(1) != 1 or not g.numel():
         problem = f"{g.dtype} gradients of {g.ndim} dimensions, or whose rows are not contiguous,"
     tensors = [h, *(state[k] for k in ("history", "history_scale", "d") if k in state)]
     return choose(tensors, impl, (*FLOATS, torch.int8), problem)

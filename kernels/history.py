@@ -10,7 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .reference import Column, load, save_
+from .reference import Column, adam_direction, load, save_
 
 
 def push_(
@@ -57,8 +57,8 @@ def natural_weights_(
     state: dict[str, Tensor],  # "gram", "slot" and "filled", in place
     h: Tensor,  # (8,) Column
     damping: float,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """w (s,) of g~ = sum of w_i h_i, place (1,): which of them is g, and h with a clip coefficient of 1.
+) -> tuple[Tensor, Tensor]:
+    """w (s,) of g~ = sum of w_i h_i, and place (1,): which of them is g.
 
     lambda w, all from K / tr(K): with d = damping / c it is d (K / tr(K) + d I)^-1 e_n. The condition number
     is at most 1 + c / damping. An empty place is a row of zeros, and w is 0 there. Where OK is 0 the state
@@ -79,9 +79,7 @@ def natural_weights_(
     gram.copy_(torch.where(ok, _border(gram, slot, dots[1]), gram))
     state["filled"].copy_(torch.where(ok, count, state["filled"]))
     state["slot"].copy_(torch.where(ok, (slot + 1) % history, slot))
-    row = h.clone()
-    row[Column.CLIP].fill_(1.0)
-    return w, slot, row
+    return w, slot
 
 
 def natural_mix(
@@ -96,6 +94,23 @@ def natural_mix(
     past = load(state, "history", wide).flatten(1)
     past.index_copy_(0, place, (g.to(wide) * h[Column.CLIP]).reshape(1, -1))
     return (w @ past).view(g.shape)
+
+
+def natural_direction_(
+    g: Tensor,  # (rows, cols) any float dtype and strides
+    state: dict[str, Tensor],  # "history"; "m" and "v" in place
+    w: Tensor,  # (s,) wide: natural_weights_
+    place: Tensor,  # (1,) int64
+    h: Tensor,  # (8,) Column
+    beta1: float,
+    beta2: float,
+    eps: float,
+    dtype: torch.dtype,  # of the result
+) -> Tensor:
+    """(rows, cols): adam_direction of natural_mix; zero and the moments untouched where OK is 0."""
+    row = h.clone()
+    row[Column.CLIP].fill_(1.0)  # g~ is of the clipped g
+    return adam_direction(natural_mix(g, state, w, place, h), state, row, beta1, beta2, eps, dtype)
 
 
 def _border(gram: Tensor, slot: Tensor, row: Tensor) -> Tensor:

@@ -1,8 +1,9 @@
-"""Natural GaLore's step between a gradient and Adam: history.natural_dots_, natural_weights_, natural_mix.
+"""Natural GaLore's step from a gradient to Adam's direction: history.natural_dots_, natural_weights_ and
+natural_direction_.
 
 In torch the s past gradients are widened, copied and read some five times, 280 ms a step at 7B with s = 4 in
-8 bit; here all but the one that is replaced are read twice. Bytes a number in bf16 with them in 8 bit: 2 + s,
-and 5 + s for the mix that Adam reads. The system of s equations is solved in one program: cuSOLVER's small
+8 bit; here all but the one that is replaced are read twice. Bytes a number in bf16 with them and the moments
+in 8 bit: 2 + s, and 7 + s. The system of s equations is solved in one program: cuSOLVER's small
 factors wait for the host.
 """
 
@@ -13,10 +14,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .adam import DTYPES, LEAST, QUANT, number, rounded, tile
+from .adam import DTYPES, LEAST, QUANT, _step, bits, number, rounded, tile
 
-DOTS, MIX = (1024, 1), (1024, 4)  # numbers of a program, warps: sums over one warp need no barrier
-VARIANTS = [  # gradient, history, with a column scale
+DOTS, DIRECTION = (1024, 1), (1024, 4)  # numbers of a program, warps: sums over one warp need no barrier
+VARIANTS = [  # gradient, store of history and moments, with a column scale
     (torch.bfloat16, torch.int8, True),
     (torch.bfloat16, torch.int8, False),
     (torch.bfloat16, torch.bfloat16, False),
@@ -121,7 +122,6 @@ def weights_kernel(
     row,  # (8,) fp32: reference.Column
     w_ptr,  # (S,) fp32, written
     place_ptr,  # (1,) int64, written: the slot as it was
-    row_ptr,  # (8,) fp32, written: row with a clip coefficient of 1
     damping,
     SMALL: tl.constexpr,  # a trace below is zero
     S: tl.constexpr,
@@ -151,8 +151,6 @@ def weights_kernel(
         system = tl.where(i == k, line[None, :], system - factor[:, None] * line[None, :])
     tl.store(w_ptr + one, x * damp, mask=one < S)
     tl.store(place_ptr, slot)
-    eight = tl.arange(0, 8)
-    tl.store(row_ptr + eight, tl.where(eight == 2, 1.0, tl.load(row + eight)))
     if tl.load(row + 3) > 0:
         gram = tl.where(i == slot, held[None, :], tl.where(j == slot, held[:, None], gram))
         tl.store(gram_ptr + i * S + j, gram, mask=inside)
@@ -161,20 +159,29 @@ def weights_kernel(
 
 
 @triton.jit
-def mix_kernel(
+def direction_kernel(
     g_ptr,  # (rows, cols) of row stride `stride`
     history,  # (S, rows, cols)
     scales,
     d_ptr,
     w_ptr,  # (S,) fp32
     place_ptr,  # (1,) int64
-    out_ptr,  # (rows, cols) fp32, written
+    n_ptr,  # (rows, cols) contiguous, written
+    m_ptr,  # (rows, cols), in place, as v
+    v_ptr,
+    m_scale,
+    v_scale,
     row,
     rows,
     cols,
     stride,
+    beta1,
+    rest1,
+    beta2,
+    rest2,
+    eps,
     S: tl.constexpr,
-    STORE: tl.constexpr,
+    STORE: tl.constexpr,  # of the history and the moments
     SCALED: tl.constexpr,
     EVEN: tl.constexpr,
     BLOCKS: tl.constexpr,
@@ -183,14 +190,23 @@ def mix_kernel(
     g, d, inside, mask, at, unit = _gradient(
         g_ptr, d_ptr, row, rows, cols, stride, SCALED, EVEN, BLOCKS, WIDTH
     )
-    place = tl.load(place_ptr)
-    y = g * tl.load(w_ptr + place)
-    for k in tl.static_range(1, S):
-        i = (place + k) % S
-        x, factor = _past(history, scales, i, d, rows, cols, inside, mask, at, unit, STORE, SCALED, WIDTH)
-        factor = factor * tl.load(w_ptr + i)
-        y += x * (factor[:, None] if STORE == tl.int8 else factor)
-    tl.store(out_ptr + at, y, mask=mask)
+    if tl.load(row + 3) > 0:
+        place = tl.load(place_ptr)
+        y = g * tl.load(w_ptr + place)
+        for k in tl.static_range(1, S):
+            i = (place + k) % S
+            x, factor = _past(history, scales, i, d, rows, cols, inside, mask, at, unit, STORE, SCALED, WIDTH)
+            factor = factor * tl.load(w_ptr + i)
+            y += x * (factor[:, None] if STORE == tl.int8 else factor)
+        random = bits(at, row) if STORE == tl.bfloat16 else 0
+        top, below = _step(
+            y, m_ptr, v_ptr, m_scale, v_scale, d, at, mask, unit, inside, row, random,
+            beta1, rest1, beta2, rest2, STORE, SCALED, True,
+        )  # fmt: skip
+        n = -tl.load(row) * (top / (below + eps))
+        tl.store(n_ptr + at, n.to(n_ptr.dtype.element_ty), mask=mask)
+    else:
+        tl.store(n_ptr + at, tl.zeros((BLOCKS, WIDTH), n_ptr.dtype.element_ty), mask=mask)
 
 
 def _plan(g: Tensor, state: dict[str, Tensor], size: int, warps: int) -> tuple[int, dict[str, object]]:
@@ -222,22 +238,33 @@ def solve_warps(history: int) -> int:
 
 def launch_weights(
     dots: Tensor, state: dict[str, Tensor], h: Tensor, damping: float
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor]:
     gram, slot, info = state["gram"], state["slot"], torch.finfo(torch.float32)
-    w, place, row = torch.empty_like(gram[0]), torch.empty_like(slot), torch.empty_like(h)
+    w, place = torch.empty_like(gram[0]), torch.empty_like(slot)
     weights_kernel[(1,)](
-        dots, gram, slot, state["filled"], h, w, place, row, damping,
+        dots, gram, slot, state["filled"], h, w, place, damping,
         SMALL=info.tiny / info.eps, S=len(gram), P=triton.next_power_of_2(len(gram)),
         num_warps=solve_warps(len(gram)),
     )  # fmt: skip
-    return w, place, row
+    return w, place
 
 
-def launch_mix(g: Tensor, state: dict[str, Tensor], w: Tensor, place: Tensor, h: Tensor) -> Tensor:
-    programs, kinds = _plan(g, state, *MIX)
-    out = torch.empty(g.shape, dtype=torch.float32, device=g.device)
-    mix_kernel[(programs,)](
-        g, state["history"], state.get("history_scale"), state.get("d"), w, place, out, h, *g.shape,
-        g.stride(0), **kinds,
+def launch_direction(
+    g: Tensor,
+    state: dict[str, Tensor],
+    w: Tensor,
+    place: Tensor,
+    h: Tensor,
+    beta1: float,
+    beta2: float,
+    eps: float,
+    dtype: torch.dtype,
+) -> Tensor:
+    programs, kinds = _plan(g, state, *DIRECTION)
+    n = torch.empty(g.shape, dtype=dtype, device=g.device)
+    direction_kernel[(programs,)](
+        g, state["history"], state.get("history_scale"), state.get("d"), w, place, n, state["m"], state["v"],
+        state.get("m_scale"), state.get("v_scale"), h, *g.shape, g.stride(0),
+        beta1, 1 - beta1, beta2, 1 - beta2, eps, **kinds,
     )  # fmt: skip
-    return out
+    return n

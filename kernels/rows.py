@@ -130,7 +130,7 @@ def magnitude_kernel(
     n = tl.load(n_ptr + at, mask=mask, other=1.0)
     if tl.load(row + 3) > 0:
         mag = _divisor(old, least)
-        s = tl.load(s_ptr + at, mask=mask, other=0.0)
+        s = tl.load(s_ptr + at, mask=mask, other=0.0) * tl.load(row + 2)
         top, below = _step(
             s, m_ptr, v_ptr, m_ptr, v_ptr, s, at, mask, unit, inside, row, 0,
             beta1, rest1, beta2, rest2, tl.float32, False, True,

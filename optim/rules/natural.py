@@ -55,21 +55,14 @@ class Natural(Adam):
             "filled": torch.zeros((), dtype=torch.int64, device=device),  # c
         }
 
+    @subspace.ieee()
     def step_(
         self, g: Tensor, state: dict[str, Tensor], h: Tensor, dtype: torch.dtype, total: Total = alone
     ) -> Tensor:
-        natural, row = self._natural(g, state, h, total)
-        own = ("history", "history_scale", "gram", "slot", "filled")
-        adam = {k: t for k, t in state.items() if k not in own}
-        return super().step_(natural, adam, row, dtype, total)
-
-    @subspace.ieee()
-    def _natural(self, g: Tensor, state: dict[str, Tensor], h: Tensor, total: Total) -> tuple[Tensor, Tensor]:
-        """g~ of the clipped g, which is pushed, and its scalars for Adam; where g is not finite the state
-        stays."""
+        """The clipped g is pushed and its g~ goes through Adam; where g is not finite the state stays."""
         dots = total(kernels.natural_dots_(g, state, h))
-        w, place, row = kernels.natural_weights_(dots, state, h, self.damping)
-        return kernels.natural_mix(g, state, w, place, h), row
+        w, place = kernels.natural_weights_(dots, state, h, self.damping)
+        return kernels.natural_direction_(g, state, w, place, h, self.beta1, self.beta2, self.eps, dtype)
 
     @subspace.ieee()
     def moved_(self, state: dict[str, Tensor], rotated: bool, total: Total = alone) -> None:

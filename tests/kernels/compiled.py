@@ -86,18 +86,21 @@ def cases():
             (both if given else kinds)[name] = "*fp32" if given else None
         sizes = {"row": "*fp32", "rows": "i32", "cols": "i32", "stride": "i32"}
         dots = {"slot_ptr": "*i64", "out_ptr": "*fp32"}
-        mix = {"w_ptr": "*fp32", "place_ptr": "*i64", "out_ptr": "*fp32"}
+        direction = {"w_ptr": "*fp32", "place_ptr": "*i64", "n_ptr": f"*{TYPES[grad]}"} | BETAS
+        direction |= {"m_ptr": both["history"], "v_ptr": "*u8" if store == torch.int8 else both["history"]}
+        direction |= dict.fromkeys(("m_scale", "v_scale"), "*fp32") if store == torch.int8 else {}
+        unused = {} if store == torch.int8 else {"m_scale": None, "v_scale": None}
         for kernel, more, rest, (size, warps) in (
             (natural.dots_kernel, dots, {"P": 4}, natural.DOTS),
-            (natural.mix_kernel, mix, {}, natural.MIX),
+            (natural.direction_kernel, direction, unused, natural.DIRECTION),
         ):
             rest = rest | {"BLOCKS": size // 256}
             arguments = both | more | sizes
-            aligned = [n for n in arguments if n != "rows"]
+            aligned = [n for n in arguments if n not in BETAS and n != "rows"]
             what = f"natural {grad} {store} {'scaled' if scaled else ''}"
             yield kernel, arguments, kinds | rest, warps, aligned, what
     for history in (64, 4):
-        arguments = dict.fromkeys(("dots", "gram_ptr", "row", "w_ptr", "row_ptr"), "*fp32")
+        arguments = dict.fromkeys(("dots", "gram_ptr", "row", "w_ptr"), "*fp32")
         arguments |= dict.fromkeys(("slot_ptr", "filled_ptr", "place_ptr"), "*i64")
         arguments |= {"damping": "fp32"}
         constants = {"SMALL": 1e-31, "S": history, "P": history}
