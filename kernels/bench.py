@@ -29,7 +29,7 @@ def main(argv: list[str]) -> int:
         print(f"{__doc__}\nThis needs an NVIDIA GPU, and torch sees none here.", file=sys.stderr)
         return 2
     device = torch.device("cuda")
-    print(f"{'kernel':<16}{'rows x columns':>16}{'ours':>10}{'compiled':>10}{'eager':>10}{'ratio':>8}")
+    print(f"{'kernel':<18}{'rows x columns':>16}{'ours':>10}{'compiled':>10}{'eager':>10}{'ratio':>8}")
     for name in names:
         case = CASES[name]
         torch._dynamo.reset()  # its limit of recompilations is for all cases together
@@ -39,7 +39,7 @@ def main(argv: list[str]) -> int:
             ours, eager = (partial(case.call, x, impl) for impl in ("triton", "ref"))
             ms = [1e3 * timed(way) for way in (ours, torch.compile(eager), eager)]
             print(
-                f"{name:<16}{f'{rows}x{cols}':>16}" + "".join(f"{v:>10.3f}" for v in ms)
+                f"{name:<18}{f'{rows}x{cols}':>16}" + "".join(f"{v:>10.3f}" for v in ms)
                 + f"{min(ms[1:]) / ms[0]:>8.2f}", flush=True,
             )  # fmt: skip
     return 0

@@ -244,24 +244,33 @@ def _grouped() -> Case:
 
 def _natural_dots() -> Case:
     def make(rows: int, cols: int, device: torch.device) -> dict[str, Any]:
-        return {"g": random(device, rows, cols), "state": past(device, rows, cols), "h": row(device)}
+        return {
+            "g": [random(device, rows, cols, seed=n) for n in range(3)],
+            "state": [past(device, rows, cols) for _ in range(3)],
+            "h": [row(device) for _ in range(3)],
+        }
 
     def call(x: dict[str, Any], impl: Impl) -> Any:
-        return dispatch.natural_dots_(x["g"], x["state"], x["h"], impl=impl)
+        return dispatch.natural_dots_(x["g"], x["state"], x["h"], impl=impl).sum(1)
 
-    return Case("natural_dots", make, call, lambda x: size(x["g"], *x["state"].values()))
+    return Case(
+        "natural_dots", make, call, lambda x: size(*x["g"], *(t for s in x["state"] for t in s.values()))
+    )
 
 
 def _natural_weights() -> Case:
     def make(rows: int, cols: int, device: torch.device) -> dict[str, Any]:
-        own, g = past(device, 8, 32), random(device, 4, 64, dtype=torch.float32)
-        own["gram"] = g @ g.t()
-        return {"dots": own["gram"][1:3].contiguous(), "state": own, "h": row(device)}
+        states, parts = [past(device, 8, 32) for _ in range(8)], 300
+        for n, own in enumerate(states):
+            g = random(device, 4, 64, dtype=torch.float32, seed=n)
+            own["gram"] = g @ g.t()
+        dots = torch.stack([own["gram"][1:3] for own in states])[:, None].expand(-1, parts, -1, -1) / parts
+        return {"dots": dots.contiguous(), "state": states, "h": [row(device) for _ in states]}
 
     def call(x: dict[str, Any], impl: Impl) -> Any:
         return dispatch.natural_weights_(x["dots"], x["state"], x["h"], 1.0, impl=impl)
 
-    return Case("natural_weights", make, call, lambda x: size(x["dots"], x["state"]["gram"]))
+    return Case("natural_weights", make, call, lambda x: size(x["dots"], *(s["gram"] for s in x["state"])))
 
 
 def _natural_direction() -> Case:

@@ -129,12 +129,12 @@ def main(argv: list[str]) -> int:
         peak = found["copy_bytes_per_s"]
     card = torch.cuda.get_device_name() if gpu else "Triton's interpreter"
     print(f"{card}, torch {torch.__version__}")
-    print(f"{'kernel':<16}{'rows x columns':>16}{'off by':>8}{'':>6}{'ms':>9}{'GB/s':>7}{'of copy':>9}")
+    print(f"{'kernel':<18}{'rows x columns':>16}{'off by':>8}{'':>6}{'ms':>9}{'GB/s':>7}{'of copy':>9}")
     for name, case in CASES.items():
         shape = small or shape_of(name)
         off = apart(case, shape, device)
         line: dict[str, Any] = {"shape": shape, "off": off}
-        text = f"{name:<16}{'x'.join(map(str, shape)):>16}{off:>8.2f}{'' if off <= 1 else ' WRONG':>6}"
+        text = f"{name:<18}{'x'.join(map(str, shape)):>16}{off:>8.2f}{'' if off <= 1 else ' WRONG':>6}"
         if not small:
             x = case.make(*shape, device)
             line["seconds"] = timed(lambda case=case, x=x: case.call(x, "triton"))  # type: ignore[misc]

@@ -211,24 +211,37 @@ def magnitude_(
     return rows.launch_magnitude(state, s, sums, h, rate, beta1, beta2, eps, least)
 
 
-def natural_dots_(g: Tensor, state: State, h: Tensor, impl: Impl = "auto") -> Tensor:
-    """history.natural_dots_, same arguments: (2, s) products; g is pushed."""
-    if _choose_natural(g, state, h, impl) == "ref":
-        return history.natural_dots_(g, state, h)
+def natural_dots_(
+    gs: list[Tensor],
+    states: list[State],  # of histories of one length
+    hs: list[Tensor],
+    impl: Impl = "auto",
+) -> Tensor:
+    """history.natural_dots_ of each: (n, parts, 2, s), products in parts to be summed; each g is pushed."""
+    ways = {_choose_natural(g, s, h, impl) for g, s, h in zip(gs, states, hs, strict=True)}
+    if "ref" in ways:
+        dots = [history.natural_dots_(g, s, h) for g, s, h in zip(gs, states, hs, strict=True)]
+        return torch.stack(dots)[:, None]
     from . import natural
 
-    return natural.launch_dots(g, state, h)
+    return natural.launch_dots(gs, states, hs)
 
 
 def natural_weights_(
-    dots: Tensor, state: State, h: Tensor, damping: float, impl: Impl = "auto"
+    dots: Tensor,  # (n, parts, 2, s)
+    states: list[State],
+    hs: list[Tensor],
+    damping: float,
+    impl: Impl = "auto",
 ) -> tuple[Tensor, Tensor]:
-    """history.natural_weights_, same arguments: w (s,), place (1,)."""
-    if choose([dots, state["gram"], h], impl, (torch.float32,)) == "ref":
-        return history.natural_weights_(dots, state, h, damping)
+    """history.natural_weights_ of each: w (n, s), place (n, 1)."""
+    if choose([dots, *(s["gram"] for s in states), *hs], impl, (torch.float32,)) == "ref":
+        several = zip(dots.sum(1), states, hs, strict=True)
+        ws, places = zip(*(history.natural_weights_(*x, damping) for x in several), strict=True)
+        return torch.stack(ws), torch.stack(places)
     from . import natural
 
-    return natural.launch_weights(dots, state, h, damping)
+    return natural.launch_weights(dots, states, hs, damping)
 
 
 def natural_direction_(
@@ -251,6 +264,8 @@ def _choose_natural(
         problem = f"{g.dtype} to {dtype}"
     elif g.dtype not in FLOATS or g.ndim != 2 or g.stride(1) != 1 or not g.numel():
         problem = f"{g.dtype} gradients of {g.ndim} dimensions, or whose rows are not contiguous,"
+    elif g.data_ptr() % 16:
+        problem = "a gradient that is not on a 16-byte boundary"
     tensors = [h, *(state[k] for k in ("history", "history_scale", "d") if k in state)]
     return choose(tensors, impl, (*FLOATS, torch.int8), problem)
 

@@ -40,7 +40,7 @@ def grouped_kernel(
     BLOCKS: tl.constexpr,
     WIDTH: tl.constexpr,
 ):
-    line, col, inside, mask, element, _ = tile(rows, cols, EVEN, BLOCKS, WIDTH)
+    line, col, inside, mask, element, _ = tile(tl.program_id(0), rows, cols, EVEN, BLOCKS, WIDTH)
     at = line.to(tl.int64)[:, None] * stride + col[None, :]
     groups = cols // SIZE
     d = tl.load(d_ptr + col % SIZE).to(tl.float32)[None, :]

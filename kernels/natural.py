@@ -3,11 +3,14 @@ natural_direction_.
 
 In torch the s past gradients are widened, copied and read some five times, 280 ms a step at 7B with s = 4 in
 8 bit; here all but the one that is replaced are read twice. Bytes a number in bf16 with them and the moments
-in 8 bit: 2 + s, and 7 + s. The system of s equations is solved in one program: cuSOLVER's small
-factors wait for the host.
+in 8 bit: 2 + s, and 7 + s. A system of s equations is solved in one program: cuSOLVER's small factors wait
+for the host. Products, and systems, of all gradients that have landed are one launch each: at 1B a gradient
+of 2048 x 512 is read in 2 microseconds, which a launch takes too.
 """
 
 from __future__ import annotations
+
+from typing import Any
 
 import torch
 import triton
@@ -15,8 +18,12 @@ import triton.language as tl
 from torch import Tensor
 
 from .adam import DTYPES, LEAST, QUANT, _step, bits, number, rounded, tile
+from .constant import constant
 
-DOTS, DIRECTION = (1024, 1), (1024, 4)  # numbers of a program, warps: sums over one warp need no barrier
+DOTS, DIRECTION = (1024, 1), (1024, 4)  # numbers of a tile, warps: sums over one warp need no barrier
+PARTS = 512  # programs of dots_kernel for each gradient
+SOLVE = 1024  # numbers of a sum over them that weights_kernel reads at once
+FIELDS = tl.constexpr(10)
 VARIANTS = [  # gradient, store of history and moments, with a column scale
     (torch.bfloat16, torch.int8, True),
     (torch.bfloat16, torch.int8, False),
@@ -29,11 +36,11 @@ VARIANTS = [  # gradient, store of history and moments, with a column scale
 
 @triton.jit
 def _gradient(
-    g_ptr, d_ptr, row, rows, cols, stride, SCALED: tl.constexpr, EVEN: tl.constexpr, BLOCKS: tl.constexpr,
-    WIDTH: tl.constexpr,
+    program, g_ptr, d_ptr, row, rows, cols, stride, SCALED: tl.constexpr, EVEN: tl.constexpr,
+    BLOCKS: tl.constexpr, WIDTH: tl.constexpr,
 ):  # fmt: skip
-    """This program's tile of the clipped gradient, fp32, and of its column scale; where it is."""
-    line, col, inside, mask, at, unit = tile(rows, cols, EVEN, BLOCKS, WIDTH)
+    """A program's tile of the clipped gradient, fp32, and of its column scale; where it is."""
+    line, col, inside, mask, at, unit = tile(program, rows, cols, EVEN, BLOCKS, WIDTH)
     mask = mask & (col < cols)[None, :]  # of the tile's shape, where EVEN too
     d = 1.0
     if SCALED:
@@ -61,79 +68,98 @@ def _past(
 
 @triton.jit
 def dots_kernel(
-    g_ptr,  # (rows, cols) of row stride `stride`
-    history,  # (S, rows, cols), that of the slot written
-    scales,  # (S, rows, quant blocks of a row) fp32, likewise
-    d_ptr,  # (cols,) fp32 column scale
-    slot_ptr,  # (1,) int64
-    out_ptr,  # (programs, 2, P) fp32, written
-    row,  # (8,) fp32: reference.Column
-    rows,
-    cols,
-    stride,
+    entries,  # (tensors, FIELDS) int64: launch_dots
+    out_ptr,  # (tensors, PARTS, 2, S) fp32, written
+    GRAD: tl.constexpr,
     S: tl.constexpr,
     P: tl.constexpr,  # S or more, a power of 2
     STORE: tl.constexpr,
     SCALED: tl.constexpr,
     EVEN: tl.constexpr,  # WIDTH divides cols
+    ALIGNED: tl.constexpr,  # the gradient's rows begin on 16 bytes
+    PARTS: tl.constexpr,
     BLOCKS: tl.constexpr,
     WIDTH: tl.constexpr,
 ):
-    g, d, inside, mask, at, unit = _gradient(
-        g_ptr, d_ptr, row, rows, cols, stride, SCALED, EVEN, BLOCKS, WIDTH
-    )
-    slot = tl.load(slot_ptr)
-    if STORE == tl.int8:
-        y = g
-        if SCALED:
-            y = g * (1 / d)
-        a = tl.maximum(tl.max(tl.abs(y), 1), LEAST)
-        code = rounded(y * (127 / a)[:, None]).to(tl.int8)
-        kept = number(code, True) * (1 / 127) * a[:, None]
-        if SCALED:
-            kept = kept * d
-        kept = tl.where(mask, kept, 0.0)
-    else:
-        code = g.to(STORE)
-        kept = code.to(tl.float32)
+    part, entry = tl.program_id(0), entries + FIELDS * tl.program_id(1).to(tl.int64)
+    g_ptr = tl.multiple_of(tl.load(entry).to(tl.pointer_type(GRAD)), 16)
+    history = tl.multiple_of(tl.load(entry + 1).to(tl.pointer_type(STORE)), 16)
+    scales = tl.load(entry + 2).to(tl.pointer_type(tl.float32))
+    d_ptr = tl.multiple_of(tl.load(entry + 3).to(tl.pointer_type(tl.float32)), 16)
+    slot_ptr = tl.load(entry + 4).to(tl.pointer_type(tl.int64))
+    row = tl.load(entry + 5).to(tl.pointer_type(tl.float32))
+    rows, cols, stride = tl.load(entry + 6), tl.load(entry + 7), tl.load(entry + 8)
+    if EVEN:
+        cols = tl.multiple_of(cols, WIDTH)
+    if ALIGNED:
+        stride = tl.multiple_of(stride, 8)
+    slot, moves = tl.load(slot_ptr), tl.load(row + 3) > 0
     lane = tl.arange(0, P)
-    fresh = tl.where(lane == slot, tl.sum(tl.sum(g * g, 1), 0), 0.0)
-    held = tl.where(lane == slot, tl.sum(tl.sum(kept * kept, 1), 0), 0.0)
-    for k in tl.static_range(1, S):
-        i = (slot + k) % S
-        x, factor = _past(history, scales, i, d, rows, cols, inside, mask, at, unit, STORE, SCALED, WIDTH)
-        fresh = tl.where(lane == i, tl.sum(tl.sum(x * g, 1) * factor, 0), fresh)
-        held = tl.where(lane == i, tl.sum(tl.sum(x * kept, 1) * factor, 0), held)
-    out = out_ptr + tl.program_id(0) * 2 * P + lane
-    tl.store(out, fresh)
-    tl.store(out + P, held)
-    if tl.load(row + 3) > 0:
-        tl.store(history + slot * rows * cols + at, code, mask=mask)
+    fresh, held = tl.zeros((P,), tl.float32), tl.zeros((P,), tl.float32)
+    for program in range(part, tl.cdiv(rows, BLOCKS) * tl.cdiv(cols, WIDTH), PARTS):
+        g, d, inside, mask, at, unit = _gradient(
+            program, g_ptr, d_ptr, row, rows, cols, stride, SCALED, EVEN, BLOCKS, WIDTH
+        )
         if STORE == tl.int8:
-            tl.store(scales + slot * rows * tl.cdiv(cols, WIDTH) + unit, a, mask=inside)
+            y = g
+            if SCALED:
+                y = g * (1 / d)
+            a = tl.maximum(tl.max(tl.abs(y), 1), LEAST)
+            code = rounded(y * (127 / a)[:, None]).to(tl.int8)
+            kept = number(code, True) * (1 / 127) * a[:, None]
+            if SCALED:
+                kept = kept * d
+            kept = tl.where(mask, kept, 0.0)
+        else:
+            code = g.to(STORE)
+            kept = code.to(tl.float32)
+        fresh += tl.where(lane == slot, tl.sum(tl.sum(g * g, 1), 0), 0.0)
+        held += tl.where(lane == slot, tl.sum(tl.sum(kept * kept, 1), 0), 0.0)
+        for k in tl.static_range(1, S):
+            i = (slot + k) % S
+            x, factor = _past(history, scales, i, d, rows, cols, inside, mask, at, unit, STORE, SCALED, WIDTH)
+            fresh += tl.where(lane == i, tl.sum(tl.sum(x * g, 1) * factor, 0), 0.0)
+            held += tl.where(lane == i, tl.sum(tl.sum(x * kept, 1) * factor, 0), 0.0)
+        if moves:
+            tl.store(history + slot * rows * cols + at, code, mask=mask)
+            if STORE == tl.int8:
+                tl.store(scales + slot * rows * tl.cdiv(cols, WIDTH) + unit, a, mask=inside)
+    out = out_ptr + (tl.load(entry + 9) * PARTS + part) * 2 * S + lane
+    tl.store(out, fresh, mask=lane < S)
+    tl.store(out + S, held, mask=lane < S)
 
 
 @triton.jit
 def weights_kernel(
-    dots,  # (2, S) fp32
-    gram_ptr,  # (S, S) fp32, in place
-    slot_ptr,  # (1,) int64, in place
-    filled_ptr,  # () int64, in place
-    row,  # (8,) fp32: reference.Column
-    w_ptr,  # (S,) fp32, written
-    place_ptr,  # (1,) int64, written: the slot as it was
+    entries,  # (tensors, 4) int64: launch_weights
+    dots,  # (tensors, parts, 2, S) fp32
+    parts,
+    w_ptr,  # (tensors, S) fp32, written
+    place_ptr,  # (tensors, 1) int64, written: the slot as it was
     damping,
     SMALL: tl.constexpr,  # a trace below is zero
     S: tl.constexpr,
     P: tl.constexpr,
+    MANY: tl.constexpr,  # parts that are read at once
 ):
+    n = tl.program_id(0).to(tl.int64)
+    gram_ptr = tl.load(entries + 4 * n).to(tl.pointer_type(tl.float32))
+    slot_ptr = tl.load(entries + 4 * n + 1).to(tl.pointer_type(tl.int64))
+    filled_ptr = tl.load(entries + 4 * n + 2).to(tl.pointer_type(tl.int64))
+    row = tl.load(entries + 4 * n + 3).to(tl.pointer_type(tl.float32))
     one = tl.arange(0, P)
     i, j = one[:, None], one[None, :]
     slot, filled = tl.load(slot_ptr), tl.load(filled_ptr)
     inside = (i < S) & (j < S)
     gram = tl.load(gram_ptr + i * S + j, mask=inside, other=0.0)
-    fresh = tl.load(dots + one, mask=one < S, other=0.0)
-    held = tl.load(dots + S + one, mask=one < S, other=0.0)
+    fresh, held = tl.zeros((MANY, P), tl.float32), tl.zeros((MANY, P), tl.float32)
+    for first in range(0, parts, MANY):
+        part = first + tl.arange(0, MANY)
+        mask = (part < parts)[:, None] & (one < S)[None, :]
+        at = dots + (n * parts + part)[:, None] * (2 * S) + one[None, :]
+        fresh += tl.load(at, mask=mask, other=0.0)
+        held += tl.load(at + S, mask=mask, other=0.0)
+    fresh, held = tl.sum(fresh, 0), tl.sum(held, 0)
     system = tl.where(i == slot, fresh[None, :], tl.where(j == slot, fresh[:, None], gram))
     trace = tl.sum(tl.sum(tl.where(i == j, system, 0.0), 1), 0)
     system = system * tl.where(trace > SMALL, 1 / trace, 0.0)
@@ -149,8 +175,8 @@ def weights_kernel(
         factor = tl.sum(tl.where(j == k, system, 0.0), 1)
         x = tl.where(one == k, top, x - factor * top)
         system = tl.where(i == k, line[None, :], system - factor[:, None] * line[None, :])
-    tl.store(w_ptr + one, x * damp, mask=one < S)
-    tl.store(place_ptr, slot)
+    tl.store(w_ptr + n * S + one, x * damp, mask=one < S)
+    tl.store(place_ptr + n, slot)
     if tl.load(row + 3) > 0:
         gram = tl.where(i == slot, held[None, :], tl.where(j == slot, held[:, None], gram))
         tl.store(gram_ptr + i * S + j, gram, mask=inside)
@@ -158,7 +184,7 @@ def weights_kernel(
         tl.store(slot_ptr, (slot + 1) % S)
 
 
-@triton.jit
+@triton.jit(do_not_specialize_on_alignment=["w_ptr", "place_ptr"])  # a row each of what weights_kernel wrote
 def direction_kernel(
     g_ptr,  # (rows, cols) of row stride `stride`
     history,  # (S, rows, cols)
@@ -188,7 +214,7 @@ def direction_kernel(
     WIDTH: tl.constexpr,
 ):
     g, d, inside, mask, at, unit = _gradient(
-        g_ptr, d_ptr, row, rows, cols, stride, SCALED, EVEN, BLOCKS, WIDTH
+        tl.program_id(0), g_ptr, d_ptr, row, rows, cols, stride, SCALED, EVEN, BLOCKS, WIDTH
     )
     if tl.load(row + 3) > 0:
         place = tl.load(place_ptr)
@@ -201,7 +227,7 @@ def direction_kernel(
         random = bits(at, row) if STORE == tl.bfloat16 else 0
         top, below = _step(
             y, m_ptr, v_ptr, m_scale, v_scale, d, at, mask, unit, inside, row, random,
-            beta1, rest1, beta2, rest2, STORE, SCALED, True,
+            beta1, rest1, beta2, rest2, STORE, SCALED, True, True,
         )  # fmt: skip
         n = -tl.load(row) * (top / (below + eps))
         tl.store(n_ptr + at, n.to(n_ptr.dtype.element_ty), mask=mask)
@@ -209,42 +235,49 @@ def direction_kernel(
         tl.store(n_ptr + at, tl.zeros((BLOCKS, WIDTH), n_ptr.dtype.element_ty), mask=mask)
 
 
-def _plan(g: Tensor, state: dict[str, Tensor], size: int, warps: int) -> tuple[int, dict[str, object]]:
-    """Programs, and what they are compiled for: in 8 bit a row of a tile is one quant block."""
+def _plan(g: Tensor, state: dict[str, Tensor], size: int) -> tuple[int, dict[str, Any]]:
+    """Tiles, and what a kernel is compiled for: in 8 bit a row of a tile is one quant block."""
     rows, cols = g.shape
     width = min(QUANT, max(16, triton.next_power_of_2(cols)))
     blocks, history = size // width, state["history"]
     return triton.cdiv(rows, blocks) * triton.cdiv(cols, width), {
         "S": len(history), "STORE": DTYPES[history.dtype], "SCALED": "d" in state,
-        "EVEN": cols % width == 0, "BLOCKS": blocks, "WIDTH": width, "num_warps": warps,
+        "EVEN": cols % width == 0, "BLOCKS": blocks, "WIDTH": width,
     }  # fmt: skip
 
 
-def launch_dots(g: Tensor, state: dict[str, Tensor], h: Tensor) -> Tensor:
-    history, (programs, kinds) = state["history"], _plan(g, state, *DOTS)
-    size = triton.next_power_of_2(len(history))
-    out = torch.empty(programs, 2, size, dtype=torch.float32, device=g.device)
-    dots_kernel[(programs,)](
-        g, history, state.get("history_scale"), state.get("d"), state["slot"], out, h, *g.shape, g.stride(0),
-        P=size, **kinds,
-    )  # fmt: skip
-    return out.sum(0)[:, : len(history)].contiguous()  # ranks may sum it
-
-
-def solve_warps(history: int) -> int:
-    """One needs no barriers; 64 equations have too many numbers for it."""
-    return 1 if history <= 8 else 4
+def launch_dots(gs: list[Tensor], states: list[dict[str, Tensor]], hs: list[Tensor]) -> Tensor:
+    """One launch for all that are alike but for their sizes."""
+    history, (size, warps) = len(states[0]["history"]), DOTS
+    out = torch.empty(len(gs), PARTS, 2, history, dtype=torch.float32, device=gs[0].device)
+    alike: dict[tuple[Any, ...], tuple[dict[str, Any], list[list[int]]]] = {}
+    for n, (g, state, h) in enumerate(zip(gs, states, hs, strict=True)):
+        _, kinds = _plan(g, state, size)
+        kinds |= {"GRAD": DTYPES[g.dtype], "ALIGNED": g.stride(0) % 8 == 0}
+        pointers = [g, *(state.get(k) for k in ("history", "history_scale", "d", "slot")), h]
+        entry = [0 if t is None else t.data_ptr() for t in pointers]
+        entry += [*g.shape, g.stride(0), n]
+        alike.setdefault(tuple(kinds.values()), (kinds, []))[1].append(entry)
+    for kinds, entries in alike.values():
+        dots_kernel[(PARTS, len(entries))](
+            constant(entries, torch.int64, out.device), out, P=triton.next_power_of_2(history), PARTS=PARTS,
+            num_warps=warps, **kinds,
+        )  # fmt: skip
+    return out
 
 
 def launch_weights(
-    dots: Tensor, state: dict[str, Tensor], h: Tensor, damping: float
+    dots: Tensor, states: list[dict[str, Tensor]], hs: list[Tensor], damping: float
 ) -> tuple[Tensor, Tensor]:
-    gram, slot, info = state["gram"], state["slot"], torch.finfo(torch.float32)
-    w, place = torch.empty_like(gram[0]), torch.empty_like(slot)
-    weights_kernel[(1,)](
-        dots, gram, slot, state["filled"], h, w, place, damping,
-        SMALL=info.tiny / info.eps, S=len(gram), P=triton.next_power_of_2(len(gram)),
-        num_warps=solve_warps(len(gram)),
+    pointers = [[s["gram"], s["slot"], s["filled"], h] for s, h in zip(states, hs, strict=True)]
+    entries = constant([[t.data_ptr() for t in ts] for ts in pointers], torch.int64, dots.device)
+    (n, parts, _, history), info = dots.shape, torch.finfo(torch.float32)
+    w = torch.empty(n, history, dtype=torch.float32, device=dots.device)
+    place = torch.empty(n, 1, dtype=torch.int64, device=dots.device)
+    size = triton.next_power_of_2(history)
+    weights_kernel[(n,)](
+        entries, dots, parts, w, place, damping, SMALL=info.tiny / info.eps, S=history, P=size,
+        MANY=max(1, SOLVE // size), num_warps=4,
     )  # fmt: skip
     return w, place
 
@@ -260,11 +293,12 @@ def launch_direction(
     eps: float,
     dtype: torch.dtype,
 ) -> Tensor:
-    programs, kinds = _plan(g, state, *DIRECTION)
+    size, warps = DIRECTION
+    programs, kinds = _plan(g, state, size)
     n = torch.empty(g.shape, dtype=dtype, device=g.device)
     direction_kernel[(programs,)](
         g, state["history"], state.get("history_scale"), state.get("d"), w, place, n, state["m"], state["v"],
         state.get("m_scale"), state.get("v_scale"), h, *g.shape, g.stride(0),
-        beta1, 1 - beta1, beta2, 1 - beta2, eps, **kinds,
+        beta1, 1 - beta1, beta2, 1 - beta2, eps, num_warps=warps, **kinds,
     )  # fmt: skip
     return n

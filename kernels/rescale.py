@@ -27,7 +27,7 @@ def rescale_kernel(
     BLOCKS: tl.constexpr,
     WIDTH: tl.constexpr,
 ):
-    _, col, inside, mask, at, unit = tile(rows, cols, EVEN, BLOCKS, WIDTH)
+    _, col, inside, mask, at, unit = tile(tl.program_id(0), rows, cols, EVEN, BLOCKS, WIDTH)
     scale = tl.load(scale_ptr + unit, mask=inside, other=0.0)[:, None]
     ratio = tl.load(ratio_ptr + col, mask=col < cols, other=0.0)[None, :]
     x = number(tl.load(code_ptr + at, mask=mask, other=0), SIGNED)

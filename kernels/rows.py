@@ -33,7 +33,7 @@ def rows_kernel(
     BLOCKS: tl.constexpr,
     WIDTH: tl.constexpr,
 ):
-    line, _, inside, mask, at, _ = tile(rows, cols, EVEN, BLOCKS, WIDTH)
+    line, _, inside, mask, at, _ = tile(tl.program_id(0), rows, cols, EVEN, BLOCKS, WIDTH)
     w = tl.load(w_ptr + at, mask=mask, other=0).to(tl.float32)
     x = tl.load(p_ptr + at, mask=mask, other=0).to(tl.float32)
     if FACTOR:
@@ -68,7 +68,7 @@ def tangent_kernel(
     BLOCKS: tl.constexpr,
     WIDTH: tl.constexpr,
 ):
-    line, col, inside, mask, at, _ = tile(rows, cols, EVEN, BLOCKS, WIDTH)
+    line, col, inside, mask, at, _ = tile(tl.program_id(0), rows, cols, EVEN, BLOCKS, WIDTH)
     mag = _divisor(tl.load(mag_ptr + line, mask=inside, other=1.0), least)
     s = tl.load(sums_ptr + line, mask=inside, other=0.0) / mag
     if tl.program_id(0) % tl.cdiv(cols, WIDTH) == 0:
@@ -125,12 +125,12 @@ def magnitude_kernel(
     eps,
     WIDTH: tl.constexpr,
 ):
-    _, _, inside, mask, at, unit = tile(1, rows, False, 1, WIDTH)
+    _, _, inside, mask, at, unit = tile(tl.program_id(0), 1, rows, False, 1, WIDTH)
     old = tl.load(mag_ptr + at, mask=mask, other=1.0)
     n = tl.load(n_ptr + at, mask=mask, other=1.0)
     if tl.load(row + 3) > 0:
         mag = _divisor(old, least)
-        s = tl.load(s_ptr + at, mask=mask, other=0.0) * tl.load(row + 2)
+        s = tl.load(s_ptr + at, mask=mask, other=0.0)
         top, below = _step(
             s, m_ptr, v_ptr, m_ptr, v_ptr, s, at, mask, unit, inside, row, 0,
             beta1, rest1, beta2, rest2, tl.float32, False, True,

@@ -23,6 +23,7 @@ from .measure import Landed
 from .reduce import Flight, Reduce
 from .refresh import Refresher
 from .rules import Rule
+from .rules.rule import Total, alone
 from .scalars import Scalars
 from .unit import Unit
 from .watch import Watch
@@ -173,19 +174,21 @@ class Landing:
         elif clip and not self.in_backward:
             self.scalars.clip_all(clip, self.scalars.total(NORM_OF.get(mode, 1)))
         dense: dict[Rule, list[tuple[Unit, Tensor]]] = {}
+        projected: dict[tuple[Rule, torch.dtype], list[Landed]] = {}
         for x in batch:
-            u, r = x.unit, x.r
-            if not u.projected:
-                dense.setdefault(u.rule, []).append((u, r))
-                continue
-            h, w = self.scalars.table[u.index], u.w
-            n = u.rule.step_(r, u.state, h, w.dtype, partial(self.reduce.sum_parts, u.param))
-            n = growth.limit_(u, n, h, self.reduce) if u.limit else n
-            if x.s is not None:
-                magnitude.step_(u, w, n, x.s, x.a, h)
-                continue
-            keep = torch.where(h[Column.OK] > 0, h[Column.KEEP], 1.0) if u.decay else None
-            u.lift_(n, keep, h)
+            if x.unit.projected:
+                projected.setdefault((x.unit.rule, x.unit.w.dtype), []).append(x)
+            else:
+                dense.setdefault(x.unit.rule, []).append((x.unit, x.r))
+        for (rule, dtype), found in projected.items():
+            units = [x.unit for x in found]
+            hs = [self.scalars.table[u.index] for u in units]
+            totals: list[Total] = [
+                partial(self.reduce.sum_parts, u.param) if u.sharded else alone for u in units
+            ]
+            ns = rule.steps_([x.r for x in found], [u.state for u in units], hs, dtype, totals)
+            for x, n, h in zip(found, ns, hs, strict=True):
+                self._lift(x, n, h)
         for rule, some in dense.items():
             units = [u for u, _ in some]
             ws, states = [u.w for u in units], [u.state for u in units]
@@ -199,3 +202,13 @@ class Landing:
                     u.param.grad = None
         for a in dict.fromkeys(x.unit.adapter for x in batch if x.unit.adapter):
             a.settle()
+
+    def _lift(self, x: Landed, n: Tensor, h: Tensor) -> None:
+        """W <- keep W + the lift of n, of a weight in whatever form."""
+        u = x.unit
+        n = growth.limit_(u, n, h, self.reduce) if u.limit else n
+        if x.s is not None:
+            magnitude.step_(u, u.w, n, x.s, x.a, h)
+            return
+        keep = torch.where(h[Column.OK] > 0, h[Column.KEEP], 1.0) if u.decay else None
+        u.lift_(n, keep, h)

@@ -107,10 +107,16 @@ def run(script, **env):
 @kills("kernels/natural.py", "tl.sum(x * g, 1) * factor", "tl.sum(x * g, 1)")
 @kills("kernels/natural.py", "tl.sum(x * kept, 1) * factor", "tl.sum(x * kept, 1)")
 @kills("kernels/natural.py", "factor = factor * tl.load(w_ptr + i)", "factor = tl.load(w_ptr + i)")
+@kills("kernels/natural.py", "        if moves:\n", "        if True:\n")
+@kills("kernels/natural.py", "range(part, tl.cdiv(rows", "range(0, tl.cdiv(rows")
+@kills("kernels/natural.py", "(tl.load(entry + 9) * PARTS + part)", "part")
+@kills("kernels/natural.py", "(n * parts + part)[:, None]", "part[:, None]")
+@kills("kernels/natural.py", "range(0, parts, MANY)", "range(0, MANY, MANY)")
+@kills("kernels/natural.py", "w_ptr + n * S + one", "w_ptr + one")
 @kills(
     "kernels/natural.py",
-    "if tl.load(row + 3) > 0:\n        tl.store(history",
-    "if True:\n        tl.store(history",
+    "beta2, rest2, STORE, SCALED, True, True,",
+    "beta2, rest2, STORE, SCALED, True, False,",
 )
 @kills("kernels/natural.py", "if tl.load(row + 3) > 0:\n        gram", "if True:\n        gram")
 @kills("kernels/natural.py", "x - factor * top", "x + factor * top")

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from .. import kernels
-from .rule import Rule, Total, alone
+from .rule import Rule
 
 
 @dataclass(frozen=True)
@@ -34,9 +34,7 @@ class Adam(Rule):
         ]
         return torch.stack(fixes, 1).to(t.dtype)
 
-    def step_(
-        self, g: Tensor, state: dict[str, Tensor], h: Tensor, dtype: torch.dtype, total: Total = alone
-    ) -> Tensor:
+    def step_(self, g: Tensor, state: dict[str, Tensor], h: Tensor, dtype: torch.dtype) -> Tensor:
         return kernels.adam_direction(g, state, h, self.beta1, self.beta2, self.eps, dtype)
 
     def update_(

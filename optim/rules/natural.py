@@ -22,7 +22,7 @@ This update's g enters its own system before it is rounded.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -56,13 +56,25 @@ class Natural(Adam):
         }
 
     @subspace.ieee()
-    def step_(
-        self, g: Tensor, state: dict[str, Tensor], h: Tensor, dtype: torch.dtype, total: Total = alone
-    ) -> Tensor:
-        """The clipped g is pushed and its g~ goes through Adam; where g is not finite the state stays."""
-        dots = total(kernels.natural_dots_(g, state, h))
-        w, place = kernels.natural_weights_(dots, state, h, self.damping)
-        return kernels.natural_direction_(g, state, w, place, h, self.beta1, self.beta2, self.eps, dtype)
+    def steps_(
+        self,
+        gs: list[Tensor],
+        states: list[dict[str, Tensor]],
+        hs: list[Tensor],
+        dtype: torch.dtype,
+        totals: list[Total],
+    ) -> Iterator[Tensor]:
+        """Each clipped g is pushed and its g~ goes through Adam; where g is not finite the state stays."""
+        dots = kernels.natural_dots_(gs, states, hs)
+        if any(total is not alone for total in totals):
+            dots = torch.stack([total(d) for total, d in zip(totals, dots.sum(1), strict=True)])[:, None]
+        weights = kernels.natural_weights_(dots, states, hs, self.damping)
+        adam = (self.beta1, self.beta2, self.eps, dtype)
+        each = zip(gs, states, *weights, hs, strict=True)
+        return (kernels.natural_direction_(*x, *adam) for x in each)
+
+    def step_(self, g: Tensor, state: dict[str, Tensor], h: Tensor, dtype: torch.dtype) -> Tensor:
+        return next(self.steps_([g], [state], [h], dtype, [alone]))
 
     @subspace.ieee()
     def moved_(self, state: dict[str, Tensor], rotated: bool, total: Total = alone) -> None:

@@ -3,7 +3,7 @@ finite."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -74,7 +74,6 @@ class Rule:
         state: dict[str, Tensor],  # moments.init, in place
         h: Tensor,  # (8,) kernels.Column
         dtype: torch.dtype,
-        total: Total = alone,
     ) -> Tensor:
         """-lr * direction in `dtype`; zero where the gradient is not finite, and the moments stay too."""
         column = kernels.Column
@@ -84,6 +83,17 @@ class Rule:
         for k, value in m.items():
             moments.save_(state, k, value, ok, h[column.T], h[column.INDEX])
         return torch.where(ok, -h[column.LR] * u, 0.0).to(dtype)
+
+    def steps_(
+        self,
+        gs: list[Tensor],
+        states: list[dict[str, Tensor]],
+        hs: list[Tensor],
+        dtype: torch.dtype,
+        totals: list[Total],  # of each
+    ) -> Iterator[Tensor]:
+        """step_ of each, when it is asked for."""
+        return (self.step_(g, state, h, dtype) for g, state, h in zip(gs, states, hs, strict=True))
 
     def update_(
         self,

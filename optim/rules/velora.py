@@ -18,7 +18,6 @@ from torch import Tensor
 
 from .. import kernels
 from .adam import Adam
-from .rule import Total, alone
 
 
 @dataclass(frozen=True)
@@ -27,8 +26,6 @@ class Velora(Adam):
 
     label = "adam"
 
-    def step_(
-        self, g: Tensor, state: dict[str, Tensor], h: Tensor, dtype: torch.dtype, total: Total = alone
-    ) -> Tensor:
+    def step_(self, g: Tensor, state: dict[str, Tensor], h: Tensor, dtype: torch.dtype) -> Tensor:
         """(2, out, groups) wide: -lr M^ and sqrt(V^)."""
         return kernels.adam_parts(g, state, h, self.beta1, self.beta2)

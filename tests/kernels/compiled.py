@@ -80,32 +80,50 @@ def cases():
         aligned = [n for n in arguments if n not in BETAS and n != "rows"]
         yield adam.direction_kernel, arguments, constants, adam.WARPS, aligned, f"parts {grad} {moment}"
     for grad, store, scaled in natural.VARIANTS:
-        both = {"g_ptr": f"*{TYPES[grad]}", "history": f"*{TYPES[store]}"}
-        kinds = {"S": 4, "STORE": adam.DTYPES[store], "SCALED": scaled, "EVEN": True, "WIDTH": 256}
-        for name, given in (("scales", store == torch.int8), ("d_ptr", scaled)):
-            (both if given else kinds)[name] = "*fp32" if given else None
-        sizes = {"row": "*fp32", "rows": "i32", "cols": "i32", "stride": "i32"}
-        dots = {"slot_ptr": "*i64", "out_ptr": "*fp32"}
-        direction = {"w_ptr": "*fp32", "place_ptr": "*i64", "n_ptr": f"*{TYPES[grad]}"} | BETAS
-        direction |= {"m_ptr": both["history"], "v_ptr": "*u8" if store == torch.int8 else both["history"]}
-        direction |= dict.fromkeys(("m_scale", "v_scale"), "*fp32") if store == torch.int8 else {}
-        unused = {} if store == torch.int8 else {"m_scale": None, "v_scale": None}
-        for kernel, more, rest, (size, warps) in (
-            (natural.dots_kernel, dots, {"P": 4}, natural.DOTS),
-            (natural.direction_kernel, direction, unused, natural.DIRECTION),
-        ):
-            rest = rest | {"BLOCKS": size // 256}
-            arguments = both | more | sizes
-            aligned = [n for n in arguments if n not in BETAS and n != "rows"]
-            what = f"natural {grad} {store} {'scaled' if scaled else ''}"
-            yield kernel, arguments, kinds | rest, warps, aligned, what
+        size, warps = natural.DOTS
+        constants = {"GRAD": adam.DTYPES[grad], "S": 4, "P": 4, "STORE": adam.DTYPES[store], "SCALED": scaled}
+        constants |= {"EVEN": True, "ALIGNED": True, "PARTS": natural.PARTS, "BLOCKS": size // 256}
+        what = f"natural {grad} {store} {'scaled' if scaled else ''}"
+        arguments = {"entries": "*i64", "out_ptr": "*fp32"}
+        yield natural.dots_kernel, arguments, constants | {"WIDTH": 256}, warps, ["entries"], what
+        size, warps = natural.DIRECTION
+        arguments = {
+            "g_ptr": f"*{TYPES[grad]}",
+            "history": f"*{TYPES[store]}",
+            "n_ptr": f"*{TYPES[grad]}",
+        } | BETAS
+        arguments |= {
+            "w_ptr": "*fp32",
+            "place_ptr": "*i64",
+            "m_ptr": arguments["history"],
+            "v_ptr": arguments["history"],
+        }
+        arguments |= {"row": "*fp32", "rows": "i32", "cols": "i32", "stride": "i32"}
+        constants = {
+            "S": 4,
+            "STORE": adam.DTYPES[store],
+            "SCALED": scaled,
+            "EVEN": True,
+            "BLOCKS": size // 256,
+        }
+        if store == torch.int8:
+            arguments["v_ptr"] = "*u8"
+        for name in ("scales", "m_scale", "v_scale", "d_ptr"):
+            given = scaled if name == "d_ptr" else store == torch.int8
+            (arguments if given else constants)[name] = "*fp32" if given else None
+        aligned = [n for n in arguments if n not in (*BETAS, "rows", "w_ptr", "place_ptr")]
+        yield natural.direction_kernel, arguments, constants | {"WIDTH": 256}, warps, aligned, what
     for history in (64, 4):
-        arguments = dict.fromkeys(("dots", "gram_ptr", "row", "w_ptr"), "*fp32")
-        arguments |= dict.fromkeys(("slot_ptr", "filled_ptr", "place_ptr"), "*i64")
+        arguments = {
+            "entries": "*i64",
+            "dots": "*fp32",
+            "parts": "i32",
+            "w_ptr": "*fp32",
+            "place_ptr": "*i64",
+        }
+        constants = {"SMALL": 1e-31, "S": history, "P": history, "MANY": natural.SOLVE // history}
         arguments |= {"damping": "fp32"}
-        constants = {"SMALL": 1e-31, "S": history, "P": history}
-        warps = natural.solve_warps(history)
-        yield natural.weights_kernel, arguments, constants, warps, None, f"solve {history}"
+        yield natural.weights_kernel, arguments, constants, 4, None, f"solve {history}"
     for (weight, direction, noise), (size, decay) in itertools.product(
         grouped.VARIANTS, ((32, False), (43, True))
     ):
