@@ -3,7 +3,7 @@
     python bench.py [data=FOLDER] [out=bench.jsonl] [cases=llama_60m,llama_1b] [pairs=5] [loader=GLOB]
                     [optim=galore_8bit,...] [peers=liger,...] [tokens=N] [micro_batches=K] [warm=N]
                     [commit=ID]
-    python bench.py profile=yes [optim=galore_8bit,...] [cases=llama_1b] [data=FOLDER] [tokens=N]
+    python bench.py profile=yes [optim=galore_8bit,...] [cases=llama_1b] [data=FOLDER] [tokens=N] [warm=N]
     python bench.py saves=yes optim=galore_8bit cases=llama_7b [data=FOLDER]    how long a save holds training
     python bench.py limit=23.4 KEY=VALUE ...    train.py in a process that cannot pass so many GiB
 
@@ -19,7 +19,7 @@ side with a refresh or refresh_every of its own, the adapter methods, and adaran
 optim.adapt_refresh=false, are timed as they run. Settings of one side follow it after a plus:
 optim=galore_8bit+optim.lift=deferred. `tokens`: of each of a step's `micro_batches` (1). `warm`: steps of
 each method, not of the peer, before the timed ones.
-`profile` says where the time goes; with optim=METHOD+graph=off by shapes of products too.
+`profile` says where the time goes, after `warm` steps; with optim=METHOD+graph=off by shapes of products too.
 
 FOLDER comes from `python -m data.prepare`; without one the bundled sample is prepared. Each row of the record
 is one JSON object: what, sizes, GPU, versions, commit, numbers. Ours is `train.Run` itself: loader, logging
@@ -299,14 +299,14 @@ def limited(gib: float, argv: list[str]) -> int:
     return code
 
 
-def profile(model: str, folder: str, side: str, tokens: int | None) -> None:
+def profile(model: str, folder: str, side: str, tokens: int | None, warm: int) -> None:
     """Prints on which kernels some steps of a method spend the GPU's time, and where the GPU waits and what
     for."""
     from torch.profiler import ProfilerActivity
     from torch.profiler import profile as record
 
     trained = make_side(side, model, *sizes(model, tokens, 1), folder)
-    trained.steps(max(12, trained.settled))
+    trained.steps(max(12, trained.settled, warm))
     torch.cuda.synchronize()
     with record(activities=[ProfilerActivity.CUDA, ProfilerActivity.CPU], record_shapes=True) as seen:
         trained.steps(12)
@@ -481,7 +481,7 @@ def main(argv: list[str]) -> int:
     for model in args.get("cases", ",".join(CASES)).split(","):
         if "profile" in args:
             for side in args.get("optim", "adamw").split(","):
-                profile(model, args["data"], side, tokens)
+                profile(model, args["data"], side, tokens, int(args.get("warm", 0)))
         elif "saves" in args:
             method = args.get("optim", "galore_8bit")
             jobs[f"saves {model} {method}"] = partial(saves, model, args["data"], method)

@@ -155,7 +155,7 @@ def _step(
     else:
         m = _read(m_ptr + at, mask, MASKED)
         v = _read(v_ptr + at, mask, MASKED)
-    if not CLIPPED:
+    if not CLIPPED:  # here: beside the load of g adam_kernel took 2.3 ms with bf16 moments, not 0.17
         g = g * tl.load(row + 2)
     m = beta1 * m + rest1 * g
     v = beta2 * v + rest2 * g * g

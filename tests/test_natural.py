@@ -358,11 +358,7 @@ def test_two_ranks_equal_one():
 
 
 @kills("optim/landing.py", "partial(self.reduce.sum_parts, u.param) if u.sharded else alone", "alone")
-@kills(
-    "optim/rules/natural.py",
-    "zip(totals, dots.sum(1), strict=True)",
-    "zip(totals[::-1], dots.sum(1), strict=True)",
-)
+@kills("optim/rules/natural.py", "if any(total is not alone for total in totals):", "if False:")
 @kills(
     "optim/refresh.py", 'policy != "reset", partial(self.reduce.sum_parts, u.param))', 'policy != "reset")'
 )
