@@ -71,7 +71,8 @@ class Natural(Adam):
         weights = kernels.natural_weights_(dots, states, hs, self.damping)
         adam = (self.beta1, self.beta2, self.eps, dtype)
         each = zip(gs, states, *weights, hs, strict=True)
-        return (kernels.natural_direction_(*x, *adam) for x in each)
+        direction = subspace.ieee()(kernels.natural_direction_)  # when it is asked for, too
+        return (direction(*x, *adam) for x in each)
 
     def step_(self, g: Tensor, state: dict[str, Tensor], h: Tensor, dtype: torch.dtype) -> Tensor:
         return next(self.steps_([g], [state], [h], dtype, [alone]))
