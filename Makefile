@@ -61,7 +61,7 @@ train: $(READY)
 	$(PY) -m llama.generate $(RUN) "The Congress should"
 
 test: $(READY)
-	$(PY) -m pytest -n 3 --dist loadfile $(ARGS)
+	$(PY) -m pytest -n 2 --dist loadfile $(ARGS)
 
 lint: $(READY)
 	$(PY) -m ruff check

@@ -175,26 +175,26 @@ def dense(kinds, seed, noise):
 
 
 def direction(grad, out, moment, scaled):
-    """PROJECTED, contiguous and with rows apart, between NaNs; then once more with OK = 0."""
+    """PROJECTED, every other one contiguous or with rows apart, between NaNs; then once more with OK = 0."""
     worst, ok, g = Worst(), True, torch.Generator().manual_seed(0)
-    for shape in PROJECTED:
-        for gap in (0, 5):
-            x = torch.full((shape[0], shape[1] + gap), float("nan")).to(grad)
-            x[:, : shape[1]] = torch.randn(shape, generator=g) / torch.arange(1, shape[1] + 1)
-            x = x[:, : shape[1]]
-            h, state = table_of(1)[0], random_state(shape, moment, g, scaled)
-            before, ref = copies([state])[0], copies([state])[0]
-            n = adam_direction(x, state, h, *BETAS, out, impl="triton")
-            want = adam_direction(x, ref, h, *BETAS, out, impl="ref")
-            ok &= n.dtype == out and n.is_contiguous() and n.abs().max().item() > 0
-            worst.compare("n", guarded(n), want, want)
-            for name, t in state.items():
-                worst.compare(name, t, ref[name], before[name])
-            x[0, 0], h[Column.OK] = float("nan"), 0
-            kept = copies([state])[0]
-            n = adam_direction(x, state, h, *BETAS, out, impl="triton")
-            ok &= torch.equal(n, torch.zeros(shape, dtype=out))
-            ok &= all(torch.equal(t, kept[name]) for name, t in state.items())
+    for number, shape in enumerate(PROJECTED):
+        gap = 0 if number % 2 else 5
+        x = torch.full((shape[0], shape[1] + gap), float("nan")).to(grad)
+        x[:, : shape[1]] = torch.randn(shape, generator=g) / torch.arange(1, shape[1] + 1)
+        x = x[:, : shape[1]]
+        h, state = table_of(1)[0], random_state(shape, moment, g, scaled)
+        before, ref = copies([state])[0], copies([state])[0]
+        n = adam_direction(x, state, h, *BETAS, out, impl="triton")
+        want = adam_direction(x, ref, h, *BETAS, out, impl="ref")
+        ok &= n.dtype == out and n.is_contiguous() and n.abs().max().item() > 0
+        worst.compare("n", guarded(n), want, want)
+        for name, t in state.items():
+            worst.compare(name, t, ref[name], before[name])
+        x[0, 0], h[Column.OK] = float("nan"), 0
+        kept = copies([state])[0]
+        n = adam_direction(x, state, h, *BETAS, out, impl="triton")
+        ok &= torch.equal(n, torch.zeros(shape, dtype=out))
+        ok &= all(torch.equal(t, kept[name]) for name, t in state.items())
     report(worst.verdict() and ok, "direction", grad, out, moment, "scaled" if scaled else "", dict(worst))
 
 
@@ -374,7 +374,7 @@ def natural(grad, store, scaled):
     worst, ok, g = Worst(), True, torch.Generator().manual_seed(0)
     # bf16: both factors of a product of stored numbers may be truncated, by 2^-7
     unit = 2**-6 if store == torch.bfloat16 else 1e-3 if store == torch.int8 else 1e-5
-    several = [((4, 1), 3), ((0, 1), 1), ((6, 0), 4)]
+    several = [((4, 1), 3), ((0, 1), 1), ((1, 2), 4)]
     for pair, history in several if scaled else several[:1]:
         shapes = [PROJECTED[n] for n in pair]
         refs = [natural_state(shape, history, store, scaled, g) for shape in shapes]
