@@ -31,6 +31,7 @@ from __future__ import annotations
 
 import gc
 import json
+import re
 import subprocess
 import sys
 import tempfile
@@ -188,6 +189,11 @@ def make_side(side: str, model: str, step: int, micro: int, folder: str, steps: 
     return made
 
 
+def listed(text: str) -> list[str]:
+    """Of a,b+activations.layers=[v,down]: a and the rest."""
+    return [name for name in re.split(r",(?![^\[{]*[\]}])", text) if name]
+
+
 def settings(side: Ours) -> dict[str, Any]:
     """Of a row: what its speed and memory depend on."""
     o, opt = side.run.cfg.optim, side.run.opt
@@ -208,7 +214,7 @@ def compare_methods(
     """Methods beside one of PEERS or another method: a row each."""
     step, micro = sizes(model, tokens, parts)
     makers: dict[str, Any] = {
-        name: partial(make_side, name, model, step, micro, folder) for name in methods.split(",")
+        name: partial(make_side, name, model, step, micro, folder) for name in listed(methods)
     }
     makers["peer"] = partial(Peer if peer in PEERS else make_side, peer, model, step, micro, folder)
     rows = alternate(makers, step, pairs, warm)
@@ -451,7 +457,7 @@ def main(argv: list[str]) -> int:
         return limited(float(args["limit"]), [a for a in argv if not a.startswith("limit=")])
     if refused(argv, KEYS, __doc__):
         return 2
-    named = {key: [n for n in args.get(key, "").split(",") if n] for key in ("optim", "peers")}
+    named = {key: listed(args.get(key, "")) for key in ("optim", "peers")}
     known_as = {"optim": METHODS, "peers": {**METHODS, **PEERS}}
     for key, names in named.items():
         for name in names:
@@ -480,13 +486,13 @@ def main(argv: list[str]) -> int:
 
     for model in args.get("cases", ",".join(CASES)).split(","):
         if "profile" in args:
-            for side in args.get("optim", "adamw").split(","):
+            for side in listed(args.get("optim", "adamw")):
                 profile(model, args["data"], side, tokens, int(args.get("warm", 0)))
         elif "saves" in args:
             method = args.get("optim", "galore_8bit")
             jobs[f"saves {model} {method}"] = partial(saves, model, args["data"], method)
         elif "optim" in args or "peers" in args:
-            for peer in args.get("peers", "adamw").split(","):
+            for peer in listed(args.get("peers", "adamw")):
                 compared(model, args.get("optim", "galore_8bit"), peer)
         else:
             compared(model, "galore_8bit,gradnormlorp_8bit", "adamw")

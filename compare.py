@@ -24,6 +24,7 @@ import sys
 import tempfile
 import time
 import zlib
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -109,6 +110,14 @@ RUNS |= {
         + ["activations=velora", f"activations.group={group or 'null'}"],
     )
     for m, lr, scale, group in VELORA
+}
+RUNS |= {  # other layers than v and down
+    f"gradnormlorp_8bit lr={lr:g} velora layers={layers.replace(',', ' ')}" + (f" group={g}" if g else ""): (
+        "gradnormlorp_8bit",
+        [f"optim.lr={lr}", "activations=velora", f"activations.layers=[{layers}]"]
+        + [f"activations.group={g or 'null'}"],
+    )
+    for lr, layers, g in product((5e-3, 1e-2), ("down,o", "v,down,o"), (None, 8))
 }
 RUNS |= {
     f"adamw lr={lr:g}{more}": ("adamw", [f"optim.lr={lr}", "optim.beta2=0.95", *settings])
@@ -267,7 +276,7 @@ def plot(record: str, to: str, methods: str | None, rounding: str | None) -> Non
             families.setdefault(family(r["run"]), {})[r["run"]] = r  # the newest of a name
     best: dict[str, dict[str, Any]] = {}  # by method
     for r in sorted((r for rows in families.values() for r in rows.values()), key=lambda r: r["val_ppl_a"]):
-        if r["run"] in RUNS:  # not what can no longer be run
+        if r["run"] in RUNS and "layers=" not in r["run"]:  # not what can no longer be run
             best.setdefault(r["run"].partition(" ")[0] + " velora" * ("velora" in r["run"]), r)
 
     def rate(r: dict[str, Any]) -> str:

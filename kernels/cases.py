@@ -191,31 +191,21 @@ def _tangent() -> Case:
     return Case("tangent", make, call, lambda x: 2 * size(x["x"]) + size(x["a"]))
 
 
-def _row_sums() -> Case:
-    def make(rows: int, cols: int, device: torch.device) -> dict[str, Any]:
-        return {"step": random(device, rows, cols), "a": random(device, rows, cols, seed=1)}
-
-    def call(x: dict[str, Any], impl: Impl) -> Any:
-        return dispatch.row_sums(x["step"], x["a"], torch.float32, impl=impl)
-
-    return Case("row_sums", make, call, lambda x: size(x["step"], x["a"]))
-
-
 def _magnitude() -> Case:
     def make(rows: int, cols: int, device: torch.device) -> dict[str, Any]:
         names = ("mag", "n", "mag_m", "mag_v")
         own = {k: random(device, rows, dtype=torch.float32, seed=n).abs() + 1 for n, k in enumerate(names)}
         own |= {k: own[k][None] for k in ("mag_m", "mag_v")}
-        s, sums = (
-            random(device, rows, dtype=torch.float32),
-            random(device, 2, rows, dtype=torch.float32).abs(),
-        )
-        return {"state": own, "s": s, "sums": sums, "h": row(device)}
+        step, a = random(device, rows, cols) * 1e-2, random(device, rows, cols + PROBE, seed=1)
+        s = random(device, rows, dtype=torch.float32)
+        return {"state": own, "s": s, "step": step, "a": a[:, :cols], "h": row(device)}
 
     def call(x: dict[str, Any], impl: Impl) -> Any:
-        return dispatch.magnitude_(x["state"], x["s"], x["sums"], x["h"], 0.5, *BETAS, 1e-6, impl=impl)
+        return dispatch.magnitude_(
+            x["state"], x["s"], x["step"], x["a"], x["step"], x["h"], 0.5, *BETAS, 1e-6, impl=impl
+        )
 
-    return Case("magnitude", make, call, lambda x: 12 * size(x["s"]))
+    return Case("magnitude", make, call, lambda x: size(x["step"], x["a"]) + 11 * size(x["s"]))
 
 
 def _parts() -> Case:
@@ -297,7 +287,7 @@ CASES = {
     c.name: c
     for c in (
         *map(_adam, STORES), *map(_direction, STORES), _rescale(), _squares(), _probe(), _cross_entropy(),
-        _rows(), _tangent(), _row_sums(), _magnitude(), _parts(), _grouped(),
+        _rows(), _tangent(), _magnitude(), _parts(), _grouped(),
         _natural_dots(), _natural_weights(), _natural_direction(),
     )
 }  # fmt: skip

@@ -184,31 +184,21 @@ def tangent_(
     return rows.launch_tangent(x, a, sums, mag, n, least)
 
 
-def row_sums(step: Tensor, a: Tensor, wide: torch.dtype, impl: Impl = "auto") -> Tensor:
-    """reference.row_sums, same arguments: (2, rows)."""
-    problem = f"dtype {wide}" if wide != torch.float32 else ""
-    if a.stride(1) != 1:
-        problem = "a tensor whose rows are not contiguous"
-    elif a.dtype not in FLOATS:
-        problem = f"dtype {a.dtype}"
-    if choose([step], impl, FLOATS, problem) == "ref":
-        return reference.row_sums(step, a, wide)
-    from . import rows
-
-    return rows.launch_sums(step, a)
-
-
 def magnitude_(
-    state: State, s: Tensor, sums: Tensor, h: Tensor, rate: float,
+    state: State, s: Tensor, x: Tensor, a: Tensor, b: Tensor, h: Tensor, rate: float,
     beta1: float, beta2: float, eps: float, least: float, impl: Impl = "auto",
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """reference.magnitude_, same arguments: keep, factor (rows,)."""
-    tensors = [s, sums, h, *(state[k] for k in ("mag", "n", "mag_m", "mag_v"))]
-    if choose(tensors, impl, (torch.float32,)) == "ref":
-        return reference.magnitude_(state, s, sums, h, rate, beta1, beta2, eps, least)
+    wide = {t.dtype for t in (s, h, *(state[k] for k in ("mag", "n", "mag_m", "mag_v")))}
+    problem = f"dtype {wide}" if wide != {torch.float32} else ""
+    if a.stride(1) != 1 or a.dtype not in FLOATS:
+        problem = f"{a.dtype} whose rows may not be contiguous"
+    tensors = [x, b, s, h, *(state[k] for k in ("mag", "n", "mag_m", "mag_v"))]
+    if choose(tensors, impl, FLOATS, problem) == "ref":
+        return reference.magnitude_(state, s, x, a, b, h, rate, beta1, beta2, eps, least)
     from . import rows
 
-    return rows.launch_magnitude(state, s, sums, h, rate, beta1, beta2, eps, least)
+    return rows.launch_magnitude(state, s, x, a, b, h, rate, beta1, beta2, eps, least)
 
 
 def natural_dots_(

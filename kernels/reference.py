@@ -222,20 +222,12 @@ def tangent_(
     return s
 
 
-def row_sums(
-    step: Tensor,  # (rows, cols), any float dtype
-    a: Tensor,  # (rows, cols), likewise
-    wide: torch.dtype,
-) -> Tensor:
-    """(2, rows) wide: sums over each row of step * a and of step^2."""
-    step = step.to(wide)
-    return torch.stack([(step * a.to(wide)).sum(1), step.square().sum(1)])
-
-
 def magnitude_(
     state: dict[str, Tensor],  # "mag", "n" (rows,), "mag_m", "mag_v" (1, rows): wide, in place
     s: Tensor,  # (rows,) wide: gradient of mag
-    sums: Tensor,  # (2, rows) wide: row_sums of the step of V and mag / n V, in coordinates
+    x: Tensor,  # (rows, cols) any float dtype, like a and b
+    a: Tensor,  # sums over a row of x * a: of the step of V times mag / n V
+    b: Tensor,  # sums over a row of x * b: of that step's square
     h: Tensor,  # (8,) Column
     rate: float,  # mag runs at LR * rate
     beta1: float,
@@ -246,10 +238,11 @@ def magnitude_(
     """Adam on mag, and the new length of V: W <- keep W + factor dV. keep, factor (rows,) wide. Nothing
     changes where OK is 0."""
     mag, n, ok = divisor(state["mag"], least), state["n"], h[Column.OK] > 0
+    along, square = ((x.to(n.dtype) * t.to(n.dtype)).sum(1) for t in (a, b))
     moments = {"m": state["mag_m"], "v": state["mag_v"]}
     moved = adam_direction(s[None], moments, h, beta1, beta2, eps, n.dtype)[0] * rate
     new = torch.where(ok, h[Column.KEEP], 1.0) * state["mag"] + moved
-    length = (n.square() + 2 * (n / mag) * sums[0] + sums[1]).clamp(min=0).sqrt()
+    length = (n.square() + 2 * (n / mag) * along + square).clamp(min=0).sqrt()
     length = torch.where(ok, length.clamp(min=torch.finfo(n.dtype).tiny), n)
     keep = torch.where(ok, new * n / (length * mag), 1.0)
     state["mag"].copy_(new)

@@ -1,6 +1,6 @@
-"""Weights as magnitude times direction, by rows: reference.tangent_, row_sums, magnitude_, rows_.
+"""Weights as magnitude times direction, by rows: reference.tangent_, magnitude_, rows_.
 
-In torch an update of one matrix takes some fifty launches around its three products; here it is four.
+In torch an update of one matrix takes some fifty launches around its three products; here it is three.
 """
 
 from __future__ import annotations
@@ -13,8 +13,7 @@ from torch import Tensor
 from .adam import TILE, WARPS, _step, bits, stochastic, tile
 
 LANES = 256
-# On an H200, 11008 rows: sums of 1024 numbers each 19.9 us (8 rows, 256 wide: 22.9); vectors 6.5 (256: 7.3).
-LONG, SHORT = 512, 128
+LINES, LONG = 1, 512
 
 
 @triton.jit
@@ -81,41 +80,21 @@ def tangent_kernel(
 
 
 @triton.jit
-def sums_kernel(
+def magnitude_kernel(
     x_ptr,  # (rows, cols) contiguous
     a_ptr,  # (rows, cols), of row stride `stride`
-    out_ptr,  # (2, rows) fp32, written
-    rows,
-    cols,
-    stride,
-    WIDTH: tl.constexpr,
-):
-    line = tl.program_id(0).to(tl.int64)
-    lane = tl.arange(0, WIDTH)
-    along = tl.zeros((WIDTH,), tl.float32)
-    square = tl.zeros((WIDTH,), tl.float32)
-    for start in range(0, cols, WIDTH):
-        col = start + lane
-        x = tl.load(x_ptr + line * cols + col, mask=col < cols, other=0).to(tl.float32)
-        a = tl.load(a_ptr + line * stride + col, mask=col < cols, other=0).to(tl.float32)
-        along += x * a
-        square += x * x
-    tl.store(out_ptr + line, tl.sum(along, 0))
-    tl.store(out_ptr + rows + line, tl.sum(square, 0))
-
-
-@triton.jit
-def magnitude_kernel(
+    b_ptr,  # (rows, cols) contiguous; read unless SAME
     mag_ptr,  # (rows,) fp32, as all vectors; in place
     n_ptr,  # in place
     m_ptr,  # in place
     v_ptr,  # in place
     s_ptr,
-    sums_ptr,  # (2, rows)
     keep_ptr,  # written
     factor_ptr,  # written
     row,  # (8,) fp32: reference.Column
     rows,
+    cols,
+    stride,
     rate,
     least,
     beta1,
@@ -123,31 +102,42 @@ def magnitude_kernel(
     beta2,
     rest2,
     eps,
+    SAME: tl.constexpr,  # b is x
+    BLOCKS: tl.constexpr,
     WIDTH: tl.constexpr,
 ):
-    _, _, inside, mask, at, unit = tile(tl.program_id(0), 1, rows, False, 1, WIDTH)
-    old = tl.load(mag_ptr + at, mask=mask, other=1.0)
-    n = tl.load(n_ptr + at, mask=mask, other=1.0)
+    line = tl.program_id(0).to(tl.int64) * BLOCKS + tl.arange(0, BLOCKS)
+    inside, lane = line < rows, tl.arange(0, WIDTH)
+    old = tl.load(mag_ptr + line, mask=inside, other=1.0)
+    n = tl.load(n_ptr + line, mask=inside, other=1.0)
+    s = tl.load(s_ptr + line, mask=inside, other=0.0)
     if tl.load(row + 3) > 0:
+        along = tl.zeros((BLOCKS, WIDTH), tl.float32)
+        square = tl.zeros((BLOCKS, WIDTH), tl.float32)
+        for start in range(0, cols, WIDTH):
+            col = start + lane
+            mask = inside[:, None] & (col < cols)[None, :]
+            at = line[:, None] * cols + col[None, :]
+            x = tl.load(x_ptr + at, mask=mask, other=0).to(tl.float32)
+            a = tl.load(a_ptr + line[:, None] * stride + col[None, :], mask=mask, other=0).to(tl.float32)
+            b = x if SAME else tl.load(b_ptr + at, mask=mask, other=0).to(tl.float32)
+            along += x * a
+            square += x * b
         mag = _divisor(old, least)
-        s = tl.load(s_ptr + at, mask=mask, other=0.0)
         top, below = _step(
-            s, m_ptr, v_ptr, m_ptr, v_ptr, s, at, mask, unit, inside, row, 0,
+            s, m_ptr, v_ptr, m_ptr, v_ptr, s, line, inside, line, inside, row, 0,
             beta1, rest1, beta2, rest2, tl.float32, False, True,
         )  # fmt: skip
-        direction = top / (below + eps)
-        new = tl.load(row + 1) * old - tl.load(row) * direction * rate
-        along = tl.load(sums_ptr + at, mask=mask, other=0.0)
-        square = tl.load(sums_ptr + rows + at, mask=mask, other=0.0)
-        square = n * n + 2 * (n / mag) * along + square
-        length = tl.maximum(tl.sqrt(tl.maximum(square, 0.0)), 1.1754943508222875e-38)
-        tl.store(mag_ptr + at, new, mask=mask)
-        tl.store(n_ptr + at, length, mask=mask)
-        tl.store(keep_ptr + at, new * n / (length * mag), mask=mask)
-        tl.store(factor_ptr + at, new / length, mask=mask)
+        new = tl.load(row + 1) * old - tl.load(row) * (top / (below + eps)) * rate
+        length = n * n + 2 * (n / mag) * tl.sum(along, 1) + tl.sum(square, 1)
+        length = tl.maximum(tl.sqrt(tl.maximum(length, 0.0)), 1.1754943508222875e-38)
+        tl.store(mag_ptr + line, new, mask=inside)
+        tl.store(n_ptr + line, length, mask=inside)
+        tl.store(keep_ptr + line, new * n / (length * mag), mask=inside)
+        tl.store(factor_ptr + line, new / length, mask=inside)
     else:
-        tl.store(keep_ptr + at, tl.full((1, WIDTH), 1.0, tl.float32), mask=mask)
-        tl.store(factor_ptr + at, old / n, mask=mask)
+        tl.store(keep_ptr + line, tl.full((BLOCKS,), 1.0, tl.float32), mask=inside)
+        tl.store(factor_ptr + line, old / n, mask=inside)
 
 
 def launch_tangent(x: Tensor, a: Tensor, sums: Tensor, mag: Tensor, n: Tensor, least: float) -> Tensor:
@@ -161,23 +151,16 @@ def launch_tangent(x: Tensor, a: Tensor, sums: Tensor, mag: Tensor, n: Tensor, l
     return s
 
 
-def launch_sums(step: Tensor, a: Tensor) -> Tensor:
-    rows, cols = step.shape
-    out = torch.empty(2, rows, dtype=torch.float32, device=step.device)
-    if rows:
-        sums_kernel[(rows,)](step, a, out, rows, cols, a.stride(0), WIDTH=LONG, num_warps=1)
-    return out
-
-
 def launch_magnitude(
-    state: dict[str, Tensor], s: Tensor, sums: Tensor, h: Tensor, rate: float,
+    state: dict[str, Tensor], s: Tensor, x: Tensor, a: Tensor, b: Tensor, h: Tensor, rate: float,
     beta1: float, beta2: float, eps: float, least: float,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    keep, factor = torch.empty_like(s), torch.empty_like(s)
-    if len(s):
-        magnitude_kernel[(triton.cdiv(len(s), SHORT),)](
-            state["mag"], state["n"], state["mag_m"], state["mag_v"], s, sums, keep, factor, h, len(s),
-            rate, least, beta1, 1 - beta1, beta2, 1 - beta2, eps, WIDTH=SHORT, num_warps=1,
+    (rows, cols), keep, factor = x.shape, torch.empty_like(s), torch.empty_like(s)
+    if rows:
+        magnitude_kernel[(triton.cdiv(rows, LINES),)](
+            x, a, b, state["mag"], state["n"], state["mag_m"], state["mag_v"], s, keep, factor, h,
+            rows, cols, a.stride(0), rate, least, beta1, 1 - beta1, beta2, 1 - beta2, eps,
+            SAME=b is x, BLOCKS=LINES, WIDTH=LONG, num_warps=LINES,
         )  # fmt: skip
     return keep, factor
 

@@ -121,13 +121,12 @@ def step_(
     if u.p is None:
         assert a is not None and u.q is not None
         left, right = step, u.q.q.t()
-        sums = kernels.row_sums(step, a[:, : step.shape[1]], wide)
+        x, a, b = step, a[:, : step.shape[1]], step
     else:
-        left, right, p, dv = u.p.q, step, u.p.q.to(wide), step.to(wide)
-        along = (p * (w @ step.t().to(w.dtype)).to(wide)).sum(1)
-        sums = torch.stack([along, (p * (p @ (dv @ dv.t()))).sum(1)])
+        left, right, x, dv = u.p.q, step, u.p.q.to(wide), step.to(wide)
+        a, b = w @ step.t().to(w.dtype), x @ (dv @ dv.t())
     rate, betas = u.mag.rate / u.scale, (rule.beta1, rule.beta2, rule.eps)
-    keep, factor = kernels.magnitude_(u.state, s, sums, h, rate, *betas, least(w))
+    keep, factor = kernels.magnitude_(u.state, s, x, a, b, h, rate, *betas, least(w))
     noise = h if u.noise else None
     if u.rests:  # the rows' lengths are read at the fold's refresh
         lift.step_(u, step, keep, factor, noise)

@@ -71,9 +71,17 @@ def run(script, **env):
 @kills("kernels/rows.py", "keep_ptr + line", "keep_ptr + 0 * line")
 @kills("kernels/rows.py", "w = w * tl.load(keep_ptr)", "pass")
 @kills("kernels/rows.py", '"rows" if keep.ndim else "one"', '"rows"')
-@kills("kernels/rows.py", "tl.load(sums_ptr + rows + at, mask=mask", "tl.load(sums_ptr + at, mask=mask")
-@kills("kernels/rows.py", "- tl.load(row) * direction * rate", "- tl.load(row) * direction")
-@kills("kernels/rows.py", "a_ptr + line * stride", "a_ptr + line * cols")
+@kills("kernels/rows.py", "square += x * b", "square += x * x")
+@kills("kernels/rows.py", "b = x if SAME else", "b = x if True else")
+@kills("kernels/rows.py", "+ tl.sum(square, 1)", "")
+@kills("kernels/rows.py", "(n / mag) * tl.sum(along, 1)", "(n / old) * tl.sum(along, 1)")
+@kills("kernels/rows.py", "(top / (below + eps)) * rate", "(top / (below + eps))")
+@kills("kernels/rows.py", "tl.load(row + 1) * old", "old")
+@kills("kernels/rows.py", "a_ptr + line[:, None] * stride", "a_ptr + line[:, None] * cols")
+@kills("kernels/rows.py", "mask = inside[:, None] & (col < cols)[None, :]", "mask = inside[:, None]")
+@kills("kernels/rows.py", "tl.full((BLOCKS,), 1.0, tl.float32)", "tl.full((BLOCKS,), 0.0, tl.float32)")
+@kills("kernels/rows.py", "tl.store(factor_ptr + line, old / n", "tl.store(factor_ptr + line, old")
+@kills("kernels/rows.py", "new * n / (length * mag)", "new / mag")
 @kills("kernels/rows.py", "c[:, None] * (x - (s / mag)[:, None] * a)", "c[:, None] * (x - s[:, None] * a)")
 @kills("kernels/rows.py", "if tl.program_id(0) % tl.cdiv(cols, WIDTH) == 0:", "if False:")
 @kills("kernels/rescale.py", "(255 / tl.sqrt(largest))", "(254 / tl.sqrt(largest))")
@@ -143,7 +151,7 @@ def test_interpreted_kernels_equal_the_reference():
 @kills("kernels/norms.py", "cols, stride = tl.multiple_of(cols, 8), tl.multiple_of(stride, 8)", "pass")
 def test_kernels_compile_for_five_cards(tmp_path):
     code, out = run("compiled.py", TRITON_CACHE_DIR=str(tmp_path))
-    assert code == 0 and out.count("ok ") == 150, out
+    assert code == 0 and out.count("ok ") == 146, out
 
 
 BETAS = (0.9, 0.999, 1e-8)
@@ -254,7 +262,7 @@ def call(x, impl):
     return s
 c.CASES["tangent"].call = call"""
     env = os.environ | {"PYTHONPATH": str(ROOT), "TRITON_DEFAULT_FP_FUSION": "1", "TRITON_INTERPRET": "1"}
-    for lines, status, said in (("pass", 0, "all 19 kernels agree"), (wrong, 1, "WRONG: tangent\n")):
+    for lines, status, said in (("pass", 0, "all 18 kernels agree"), (wrong, 1, "WRONG: tangent\n")):
         script = "import sys, kernels.check as c\n" + lines + "\nsys.exit(c.main([]))"
         done = subprocess.run([sys.executable, "-c", script], env=env, capture_output=True, text=True)
         assert (done.returncode, done.stderr) == (status, "") and said in done.stdout, (

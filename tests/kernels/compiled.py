@@ -33,7 +33,7 @@ def check(kernel, arguments, constants, warps, aligned, card, what):
     loads = ptx.count("ld.global.v4") + ptx.count("cp.async.cg.shared.global")
     wide = [loads, ptx.count("st.global.v4")]
     # these store single numbers
-    sums = kernel in (norms.squares_kernel, norms.probe_kernel, rows.sums_kernel)
+    sums = kernel in (norms.squares_kernel, norms.probe_kernel, rows.magnitude_kernel)
     needed = wide[:1] if sums else wide
     ok = len(built.asm["cubin"]) > 0 and built.metadata.shared <= SHARED
     ok &= aligned is None or min(needed) > 0
@@ -177,15 +177,16 @@ def cases():
         # 1040 columns, of which 16 are the probe's, are a multiple of 16, not of 256
         aligned = [n for n in arguments if n not in ("rows", "least")]
         yield rows.tangent_kernel, arguments, constants, adam.WARPS, aligned, f"tangent {dtype} {whole}"
-        if whole:
-            arguments = dict.fromkeys(("x_ptr", "a_ptr"), f"*{TYPES[dtype]}")
-            arguments |= {"out_ptr": "*fp32", "rows": "i32", "cols": "i32", "stride": "i32"}
-            constants = {"WIDTH": rows.LONG}
-            yield rows.sums_kernel, arguments, constants, 1, list(arguments), f"row sums {dtype}"
-    arguments = dict.fromkeys(("mag_ptr", "n_ptr", "m_ptr", "v_ptr", "s_ptr", "sums_ptr"), "*fp32")
-    arguments |= dict.fromkeys(("keep_ptr", "factor_ptr", "row"), "*fp32")
-    arguments |= {"rows": "i32", "rate": "fp32", "least": "fp32"} | BETAS
-    yield rows.magnitude_kernel, arguments, {"WIDTH": rows.SHORT}, 1, None, "magnitudes"
+    # bf16 on the output side: P and P dV dV^T in fp32, W dV^T in bf16
+    for x, a, same in (("bf16", "bf16", True), ("fp32", "bf16", False), ("fp32", "fp32", True)):
+        arguments = {"x_ptr": f"*{x}", "a_ptr": f"*{a}", "b_ptr": f"*{x}"}
+        vectors = ("mag_ptr", "n_ptr", "m_ptr", "v_ptr", "s_ptr", "keep_ptr", "factor_ptr", "row")
+        arguments |= dict.fromkeys(vectors, "*fp32")
+        arguments |= dict.fromkeys(("rows", "cols", "stride"), "i32")
+        aligned = [n for n in arguments if n != "rows"]
+        arguments |= {"rate": "fp32", "least": "fp32"} | BETAS
+        constants = {"SAME": same, "BLOCKS": rows.LINES, "WIDTH": rows.LONG}
+        yield rows.magnitude_kernel, arguments, constants, rows.LINES, aligned, f"magnitudes {x} {a} {same}"
     for dtype, grad in cross_entropy.VARIANTS:
         arguments = {"logits": f"*{TYPES[dtype]}", "labels": "*i64", "nll": "*fp32"}
         arguments |= {"V": "i32", "ignore": "i32"}
