@@ -72,14 +72,15 @@ def apart(case: Case, shape: tuple[int, int], device: torch.device) -> float:
 
 
 def timed(run: Callable[[], Any]) -> float:
-    """Seconds: the median of some runs, each after 64 MiB were written, so that no cache holds the inputs.
+    """Seconds: the median of some runs, each after 256 MiB were read, so that no cache holds the inputs, nor
+    what would be written back beside them.
 
     The GPU is kept busy before, or it would wait for the host in between."""
-    flush = torch.empty(2**26, dtype=torch.uint8, device="cuda")
+    flush = torch.zeros(2**26, device="cuda")
     times = []
     for _ in range(REPEATS + 3):
         begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        flush.zero_()
+        flush.amax()
         torch.cuda._sleep(WAIT)
         begin.record()
         run()

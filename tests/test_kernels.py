@@ -68,7 +68,7 @@ def run(script, **env):
 @kills("kernels/norms.py", "part, tl.sum(total)", "0 * part, tl.sum(total)")
 @kills("kernels/rows.py", "bits(at, row) >> 16", "bits(at, row) & 0xFFFF")
 @kills("kernels/rows.py", "x = stochastic(x, bits(at, row) >> 16)", "pass")
-@kills("kernels/rows.py", "keep_ptr + line", "keep_ptr + 0 * line")
+@kills("kernels/rows.py", "tl.load(keep_ptr + line, mask", "tl.load(keep_ptr + 0 * line, mask")
 @kills("kernels/rows.py", "w = w * tl.load(keep_ptr)", "pass")
 @kills("kernels/rows.py", '"rows" if keep.ndim else "one"', '"rows"')
 @kills("kernels/rows.py", "square += x * b", "square += x * x")

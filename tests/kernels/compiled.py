@@ -186,7 +186,7 @@ def cases():
         aligned = [n for n in arguments if n != "rows"]
         arguments |= {"rate": "fp32", "least": "fp32"} | BETAS
         constants = {"SAME": same, "BLOCKS": rows.LINES, "WIDTH": rows.LONG}
-        yield rows.magnitude_kernel, arguments, constants, rows.LINES, aligned, f"magnitudes {x} {a} {same}"
+        yield rows.magnitude_kernel, arguments, constants, rows.FEW, aligned, f"magnitudes {x} {a} {same}"
     for dtype, grad in cross_entropy.VARIANTS:
         arguments = {"logits": f"*{TYPES[dtype]}", "labels": "*i64", "nll": "*fp32"}
         arguments |= {"V": "i32", "ignore": "i32"}
