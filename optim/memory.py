@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 
 QUANT = kernels.QUANT  # numbers of a row under one scale
 GIB = 2**30
+SMALL = 2**26  # bytes, below which they are shown in smaller units
 
 
 class Entry(NamedTuple):
@@ -130,7 +131,8 @@ def table(e: Engine) -> str:
         a = u.adapter
         name = re.sub(r"(?<=\.)\d+(?=\.)", "*", a.name if a else u.name)
         lines.setdefault((name, (a or u).size), []).append(u)
-    out = [f"{'trained':<38}{'shape':>11} {'rule':<5}{'basis':<9}{'rank':>4} {'lr':>6}{'MiB':>5}"]
+    unit, size = ("KiB", 2**10) if sum(x.bytes for x in entries(e)) < SMALL else ("MiB", 2**20)
+    out = [f"{'trained':<38}{'shape':>11} {'rule':<5}{'basis':<9}{'rank':>4} {'lr':>6}{unit:>5}"]
     group = dict(zip(map(id, (u.param for u in e.units)), e._groups, strict=True))
     for (name, shape), units in lines.items():
         u, several = units[0], len({u.adapter.name if u.adapter else u.name for u in units})
@@ -150,11 +152,11 @@ def table(e: Engine) -> str:
         elif u.why:
             basis = "none (1)"
         g = e.param_groups[group[id(u.param)]]
-        mib = sum(x.bytes for v in units for x in state_of(v)) / 2**20
+        held = sum(x.bytes for v in units for x in state_of(v)) / size
         rate = f"{g['lr'] * g['scale']:.1e}".replace("e-0", "e-")
         out.append(
             f"{name:<38}{'x'.join(map(str, shape)):>11} {rule:<5}{basis:<9}"
-            f"{rank:>4} {rate:>6}{mib:>5.{0 if mib >= 99.5 else 1}f}"
+            f"{rank:>4} {rate:>6}{held:>5.{0 if held >= 99.5 else 1}f}"
         )
     reasons = {u.why for u in e.units if u.why}
     if reasons:
@@ -163,7 +165,7 @@ def table(e: Engine) -> str:
 
 
 def memory(e: Engine) -> list[str]:
-    sums: dict[str, float] = {}
+    sums: dict[str, int] = {}
     for x in entries(e):
         kind = (
             x.what
@@ -176,9 +178,11 @@ def memory(e: Engine) -> list[str]:
             if x.what.startswith("deferred")
             else "extras"
         )
-        sums[kind] = sums.get(kind, 0) + x.bytes / GIB
-    parts = ", ".join(f"{k} {v:.2f}" for k, v in sums.items())
-    out = textwrap.wrap(f"{'held':<10}{sum(sums.values()):.2f} GiB: {parts}", 80, subsequent_indent=" " * 10)
+        sums[kind] = sums.get(kind, 0) + x.bytes
+    total = sum(sums.values())
+    unit, size = ("MiB", 2**20) if total < SMALL else ("GiB", GIB)
+    parts = ", ".join(f"{k} {v / size:.2f}" for k, v in sums.items())
+    out = textwrap.wrap(f"{'held':<10}{total / size:.2f} {unit}: {parts}", 80, subsequent_indent=" " * 10)
     if e.bases:
         shared = "" if e.adapters else "; input:n is one for n weights"
         a = e.adarank

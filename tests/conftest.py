@@ -33,6 +33,14 @@ def small_groups():
         yield
 
 
+@pytest.fixture(scope="module")
+def undrawn():
+    """loss.png is not drawn: as much time as six steps of a small model."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("llama.metrics.draw", lambda run: None)
+        yield
+
+
 WORDS = (
     "the of and to in a is that it was for on are as with his they at be this from have or by one had not "
     "but what all were when we there can an your which their said if do will each about how up out them then "

@@ -17,6 +17,8 @@ from llama.journal import Journal, allowed_to_fail
 from llama.lock import InUse, Lock
 from tests.mutants import kills
 
+pytestmark = pytest.mark.usefixtures("small_groups")
+
 ROOT = Path(__file__).parent.parent
 
 

@@ -14,6 +14,8 @@ from configs.schema import Config
 from llama import checkpoint, lr_range, metrics
 from tests.mutants import kills
 
+pytestmark = pytest.mark.usefixtures("small_groups", "undrawn")
+
 
 def rows(run):
     return [r for r in metrics.read(run / "metrics.jsonl") if "loss" in r]

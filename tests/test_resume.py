@@ -13,6 +13,8 @@ from configs.resume import MAY_CHANGE, may_change, way_out
 from llama import checkpoint, metrics
 from tests.mutants import kills
 
+pytestmark = pytest.mark.usefixtures("small_groups", "undrawn")
+
 GALORE = ("optim=galore", "optim.rank=8", "optim.refresh_every=4", "optim.lr=0.003")
 
 

@@ -18,6 +18,8 @@ from llama import checkpoint, metrics
 from llama.spike import CHECK_EVERY, IN_A_ROW, LEAST, Rewind, Skip
 from tests.mutants import kills
 
+pytestmark = pytest.mark.usefixtures("small_groups", "undrawn")
+
 ROOT = Path(__file__).parent.parent
 PLANTED = 83
 LONG = ("steps=160", "micro_batch=4", "eval_every=1000", "save_every=5", "keep_last=99", "optim.lr=1e-2")
@@ -152,7 +154,7 @@ def test_without_a_save_from_before_it_stops_and_says_so(command, tmp_path, plan
 def test_two_ranks_do_it_together(ended, command, tmp_path, mode):
     """Every rank takes the decision of the whole loss, and goes back with the first."""
     (tmp_path / "run.py").write_text(
-        f"{PLANT}\nimport sys\nplant({PLANTED})\nsys.exit(train.main(sys.argv[1:]))"
+        f"{PLANT}\nimport sys, tests.small\nplant({PLANTED})\nsys.exit(train.main(sys.argv[1:]))"
     )
     start = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--standalone"]
     args = command(tmp_path, *LONG, "micro_batch=2", f"spike={mode}")

@@ -18,6 +18,8 @@ from llama import checkpoint, metrics
 from optim import Comm
 from tests.mutants import kills
 
+pytestmark = pytest.mark.usefixtures("small_groups")
+
 ROOT = Path(__file__).parent.parent
 TIMED = ("tokens_per_s", "peak_mem_gib")  # what differs between two equal runs
 
@@ -125,7 +127,8 @@ def torchrun(n, args):
         "--nproc-per-node",
         str(n),
         "--standalone",
-        "train.py",
+        "-m",
+        "tests.small",
     ]
     return subprocess.run(
         [*command, *args],
