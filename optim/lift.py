@@ -97,8 +97,9 @@ def projected(u: Unit) -> Tensor:
     assert u.q is not None
     wq = u.state["wq"]
     c, rho = (u.state[k][: len(wq)] for k in ("c", "rho"))
-    beside = torch.cat([c, c @ u.q.cross.to(c.dtype)], 1)
-    return torch.addcmul(beside.to(rho.dtype), wq.to(rho.dtype), rho[:, None]).to(wq.dtype)
+    a = torch.cat([c, c @ u.q.cross.to(c.dtype)], 1)
+    kernels.rows_(a, wq, None, rho, None)
+    return a
 
 
 def load_(u: Unit, saved: dict[str, Tensor]) -> None:

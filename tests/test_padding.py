@@ -432,13 +432,16 @@ def test_what_is_beyond_a_layers_size_must_be_zero():
 @kills("optim/unit.py", "-(-width // kernels.QUANT) for k", "99 for k")
 @kills("optim/assign.py", "    out, width = u.size\n", "    out, width = u.param.shape\n")
 def test_padding_of_any_size():
-    """Columns that add a block of 8-bit numbers; rows that make a wide matrix a high one."""
+    """Columns that add a block of 8-bit numbers; rows that make a wide matrix a high one. Of integers
+    every product is exact, so that no sum's order moves a code."""
     layers = [nn.Linear(250, 240, bias=False) for _ in range(2)]
+    g = torch.Generator().manual_seed(0)
+    layers[0].weight.data = torch.randint(-3, 4, (240, 250), generator=g).float()
     layers[1].weight = nn.Parameter(torch.nn.functional.pad(layers[0].weight.detach(), (0, 50, 0, 70)))
     states = []
     for layer, more in zip(layers, (0, 50), strict=True):
         opt = attach(layer, "adamw_8bit", lr=1e-2)
-        x = torch.randn(9, 250, generator=torch.Generator().manual_seed(0))
+        x = torch.randint(-3, 4, (9, 250), generator=g.manual_seed(1)).float()
         layer(nn.functional.pad(x, (0, more)))[:, :240].square().sum().backward()
         opt.step()
         states.append(opt)
