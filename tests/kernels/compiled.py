@@ -159,7 +159,7 @@ def cases():
         what = f"rescale {'signed' if signed else 'unsigned'} {width} {whole}"
         yield rescale.rescale_kernel, arguments, constants, adam.WARPS, aligned, what
     ends = [(True, "rows", True, True), (False, "rows", True, True), (True, "rows", True, False)]
-    ends += [(True, "none", False, True), (True, "one", False, False)]
+    ends += [(True, "none", False, True), (True, "one", False, False), (False, "none", True, False)]
     for dtype, (whole, keep, factor, stochastic) in itertools.product(norms.DTYPES, ends):
         arguments = dict.fromkeys(("w_ptr", "p_ptr"), f"*{TYPES[dtype]}") | {"rows": "i32", "cols": "i32"}
         constants = {"KEEP": keep, "FACTOR": factor, "STOCHASTIC": stochastic}

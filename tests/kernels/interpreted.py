@@ -342,15 +342,15 @@ def magnitudes(dtype):
 
 
 def row_factors(dtype, stochastic):
-    """Factors near and far from one, one for all, or none; one row infinite."""
+    """Factors near and far from one, one for all, or none, of W and of the product; one row infinite."""
     worst, g = Worst(), torch.Generator().manual_seed(0)
-    for shape, kept in itertools.product(PROJECTED, ("rows", "one", "none")):
+    for shape, kept in itertools.product(PROJECTED, ("rows", "one", "none", "product")):
         w = guarded(torch.randn(shape, generator=g).to(dtype))
         product = (torch.randn(shape, generator=g) / 100).to(dtype)
         before, h = w.clone(), table_of(1)[0]
         keep = 1 + torch.randn(shape[0], generator=g) / 1000
-        factor = torch.randn(shape[0], generator=g) if kept == "rows" else None
-        keep = {"rows": keep, "one": keep[0] - 0.3, "none": None}[kept]
+        factor = torch.randn(shape[0], generator=g) if kept in ("rows", "product") else None
+        keep = {"rows": keep, "one": keep[0] - 0.3}.get(kept)
         product[-1, -1] = float("inf")
         ref = w.clone()
         rows_(w, product, keep, factor, h if stochastic else None, impl="triton")
