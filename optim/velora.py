@@ -41,6 +41,9 @@ UNSEEN = (
 )
 # Names of linears whose input something else keeps for backward: attention its output.
 KEPT = re.compile(r"o|out|wo|dense")
+# And whose output is kept for a magnitude only: that of others attention, SwiGLU or, instead of a sum that it
+# is a part of, backward keeps.
+ALONE = re.compile(r"down|w2|fc2")
 
 
 @dataclass(eq=False)
@@ -186,7 +189,7 @@ def _settle(e: Engine, b: Grouped, found: Tensor) -> None:
 def lines(e: Engine) -> list[str]:
     """For the start table: what is kept of the inputs, and where something else keeps them anyway."""
     kinds: dict[str, list[str]] = {}
-    freed = 0
+    freed, magnitudes = 0, any(u.mag for u in e.units)
     for b in e.grouped:
         before, what = b.n, "their input"
         if compressed(b.units[0], e.cfg) and (rank := max(x.r for x in e.bases)) < b.n:
@@ -195,6 +198,9 @@ def lines(e: Engine) -> list[str]:
             before, what = 0, f"more, {what} stays for {b.beside}"
         else:
             what = f"instead of {before}"
+        out = sum(u.size[0] for u in b.units if magnitudes and ALONE.fullmatch(short(u)))
+        if out:
+            before, what = before + out, f"{what}, nor {out} of its output"
         kinds.setdefault(f"{b.r} numbers a token {what}", []).append(listed([short(u) for u in b.units]))
         freed += (before - b.r) * b.qs.element_size()
     said = [f"{', '.join(dict.fromkeys(names))}: {text}" for text, names in kinds.items()]

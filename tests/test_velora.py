@@ -401,6 +401,8 @@ def kept(model, call):
 
 
 @kills("optim/velora.py", "[project(layer) for layer in layers if layer.weight is u.param]", "[]")
+@kills("optim/velora.py", "if magnitudes and ALONE", "if ALONE")
+@kills("optim/velora.py", "before + out, f", "before, f")
 def test_keeps_what_the_formula_says():
     """A token and block: n -> n / m of each input that nobody else keeps; the table names who does."""
     tokens = batches(1)[0]
@@ -414,7 +416,7 @@ def test_keeps_what_the_formula_says():
 
     plain, _ = all_kept([])
     down, text = all_kept(["down"])
-    assert plain - down == count * (24 - 6) and "down: 6 numbers a token instead of 24" in text
+    assert plain - down == count * (24 - 6) and "down: 6 numbers a token instead of 24;" in text
     value, text = all_kept(["v"])
     assert plain - value == count * -4 and "v: 4 numbers a token more, their input stays for q and k" in text
     every, text = all_kept(["q", "k", "v"])
@@ -422,6 +424,11 @@ def test_keeps_what_the_formula_says():
     low, _ = all_kept([], "galore")
     less, text = all_kept(["down"], "galore")
     assert low - less == count * (4 + 16 - 6) and "down: 6 numbers a token instead of 20" in text
+    low, _ = all_kept([], "gradnormlorp")
+    less, text = all_kept(["down"], "gradnormlorp")
+    said = " ".join(text.split())
+    assert low - less == count * (4 + 16 + 16 - 6) and "instead of 20, nor 16 of its output" in said
+    assert f"in all {2 * 8 * 30 / 1024:.1f} KiB a token less" in said
 
 
 @pytest.mark.parametrize("rounding", ["stochastic", "nearest"])
