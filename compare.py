@@ -89,35 +89,33 @@ RUNS |= {
         ("adarankgrad_8bit", 0.01, ["adapt_refresh=false"]),
     )
 }
-VELORA = [  # method, rate, scale, group; sub-tokens of 8 to 172 numbers
-    *((m, lr, None, None) for m in ("adamw", "galore_8bit", "gradnormlorp_8bit") for lr in LRS[m]),
-    *(("galore_8bit", lr, 0.5, None) for lr in LRS["galore_8bit"]),
-    ("adamw", 8e-3, 0.125, None),
-    *(("galore_8bit", 1e-2, None, g) for g in ("8", "16", "{v:64,down:86}", "{v:128,down:172}")),
-    *(("galore_8bit", *x, "8") for x in ((5e-3, None), (5e-3, 0.5))),
+VELORA = [  # method, rate, scale, group; sub-tokens of 8 to 172 numbers; layers
+    *((m, lr, None, None, None) for m in ("adamw", "galore_8bit", "gradnormlorp_8bit") for lr in LRS[m]),
+    *(("galore_8bit", lr, 0.5, None, None) for lr in LRS["galore_8bit"]),
+    ("adamw", 8e-3, 0.125, None, None),
+    *(("galore_8bit", 1e-2, None, g, None) for g in ("8", "16", "{v:64,down:86}", "{v:128,down:172}")),
+    *(("galore_8bit", *x, "8", None) for x in ((5e-3, None), (5e-3, 0.5))),
     *(
-        (m, lr, None, "8")
+        (m, lr, None, "8", None)
         for m, lr in (("adamw", 2e-3), ("gradnormlorp_8bit", 1e-2), ("gradnormlorp_8bit", 5e-3))
+    ),
+    *(
+        ("gradnormlorp_8bit", lr, None, g, layers)
+        for lr, layers, g in product((5e-3, 1e-2), ("down,o", "v,down,o"), (None, "8"))
     ),
 ]
 RUNS |= {
     " ".join(
         [m, f"lr={lr:g}", *([f"scale={scale:g}"] if scale else []), "velora"]
+        + ([f"layers={layers.replace(',', ' ')}"] if layers else [])
         + ([f"group={group.strip('{}').replace(',', ' ')}"] if group else [])
     ): (
         m,
         [f"optim.lr={lr}", *MORE.get(m, []), *([f"optim.scale={scale}"] if scale else [])]
-        + ["activations=velora", f"activations.group={group or 'null'}"],
+        + ["activations=velora", f"activations.group={group or 'null'}"]
+        + ([f"activations.layers=[{layers}]"] if layers else []),
     )
-    for m, lr, scale, group in VELORA
-}
-RUNS |= {  # other layers than v and down
-    f"gradnormlorp_8bit lr={lr:g} velora layers={layers.replace(',', ' ')}" + (f" group={g}" if g else ""): (
-        "gradnormlorp_8bit",
-        [f"optim.lr={lr}", "activations=velora", f"activations.layers=[{layers}]"]
-        + [f"activations.group={g or 'null'}"],
-    )
-    for lr, layers, g in product((5e-3, 1e-2), ("down,o", "v,down,o"), (None, 8))
+    for m, lr, scale, group, layers in VELORA
 }
 RUNS |= {
     f"adamw lr={lr:g}{more}": ("adamw", [f"optim.lr={lr}", "optim.beta2=0.95", *settings])
@@ -276,7 +274,7 @@ def plot(record: str, to: str, methods: str | None, rounding: str | None) -> Non
             families.setdefault(family(r["run"]), {})[r["run"]] = r  # the newest of a name
     best: dict[str, dict[str, Any]] = {}  # by method
     for r in sorted((r for rows in families.values() for r in rows.values()), key=lambda r: r["val_ppl_a"]):
-        if r["run"] in RUNS and "layers=" not in r["run"]:  # not what can no longer be run
+        if r["run"] in RUNS:  # not what can no longer be run
             best.setdefault(r["run"].partition(" ")[0] + " velora" * ("velora" in r["run"]), r)
 
     def rate(r: dict[str, Any]) -> str:
@@ -303,8 +301,8 @@ def plot(record: str, to: str, methods: str | None, rounding: str | None) -> Non
             line = {"label": f"{label}: {r[f'val_ppl_{half}']:.1f}", "linewidth": 1.2}
             axes.plot(steps, [sum(x) / len(x) for x in around], **line)
         axes.set(title=title, ylim=(4.0, 6.5))
-        axes.title.set_fontsize(10)
-        axes.legend(fontsize=8, title="perplexity", title_fontsize=8)
+        axes.title.set_fontsize(8.5)
+        axes.legend(fontsize=6.5 if half == "b" else 8, title="perplexity", title_fontsize=8)
         axes.grid(alpha=0.3)
     figure.supxlabel(f"step of {TOKENS:,} tokens, 39.3 M in all, none seen twice")
     figure.supylabel("training loss (nats), mean over 50 steps")

@@ -123,7 +123,8 @@ def step_(
         left, right = step, u.q.q.t()
         x, a, b = step, a[:, : step.shape[1]], step
     else:
-        left, right, x, dv = u.p.q, step, u.p.q.to(wide), step.to(wide)
+        left, right, dv = u.p.q, step, step.to(wide)
+        x = left.to(wide).contiguous()  # S stands beside P
         a, b = w @ step.t().to(w.dtype), x @ (dv @ dv.t())
     rate, betas = u.mag.rate / u.scale, (rule.beta1, rule.beta2, rule.eps)
     keep, factor = kernels.magnitude_(u.state, s, x, a, b, h, rate, *betas, least(w))

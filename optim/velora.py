@@ -41,8 +41,8 @@ UNSEEN = (
 )
 # Names of linears whose input something else keeps for backward: attention its output.
 KEPT = re.compile(r"o|out|wo|dense")
-# And whose output is kept for a magnitude only: that of others attention, SwiGLU or, instead of a sum that it
-# is a part of, backward keeps.
+# And whose output is kept for a magnitude only: that of others attention and SwiGLU keep, and of o a compiled
+# block keeps the sum that it is a part of in its place.
 ALONE = re.compile(r"down|w2|fc2")
 
 

@@ -606,3 +606,18 @@ def test_the_table_names_every_parameter_in_80_columns(method):
     assert (" 1024 " in text) == (kind is not OptimConfig) and ("adapter" in text) == (kind is AdapterConfig)
     model = hf_llama()
     assert max(map(len, attach(model, method, **keys(method)).table().splitlines())) <= 80
+
+
+@kills("optim/memory.py", "sum(x.bytes for x in entries(e)) < SMALL", "False")
+@kills("optim/memory.py", "for x in state_of(v)) / size", "for x in state_of(v)) / 2**20")
+@kills("optim/memory.py", '("MiB", 2**20) if total < SMALL', '("MiB", 2**30) if total < SMALL')
+def test_the_table_of_a_small_model_counts_in_small_units():
+    opt = attach(Tiny(), "galore", **SETTINGS)
+    lines = opt.table().splitlines()
+    trained = lines[1 : next(n for n, line in enumerate(lines) if line.startswith("held"))]
+    moments = sum(x.bytes for x in entries(opt) if x.what == "moments")
+    assert lines[0].endswith(" KiB")
+    column = sum(float(line.split()[-1]) for line in trained if not line.startswith("("))
+    assert column * 2**10 == pytest.approx(moments, abs=len(trained) * 0.05 * 2**10)
+    whole = sum(x.bytes for x in entries(opt)) / 2**20
+    assert f"held      {whole:.2f} MiB: weights" in opt.table()

@@ -119,7 +119,7 @@ def test_a_finished_run_says_so(whole, command, capfd):
     assert (whole / "metrics.jsonl").read_bytes() == before
 
 
-def torchrun(n, args):
+def torchrun(n, args, program=("-m", "tests.small")):
     command = [
         sys.executable,
         "-m",
@@ -127,8 +127,7 @@ def torchrun(n, args):
         "--nproc-per-node",
         str(n),
         "--standalone",
-        "-m",
-        "tests.small",
+        *program,
     ]
     return subprocess.run(
         [*command, *args],
@@ -281,7 +280,7 @@ def test_another_rank_lets_the_first_say_why(command, tmp_path, monkeypatch, cap
 def test_two_ranks_report_a_bad_setting_once(whole, command):
     for change, says in (("tokens_per_step=192", "2 ranks"), ("model.vocab_size=300", "384")):
         args = command(whole.parent, change, "run.name=other", f"data.tokenizer={whole}/tokenizer.model")
-        two = torchrun(2, args)
+        two = torchrun(2, args, ["train.py"])
         lines = [line for line in two.stderr.splitlines() if change.split("=")[0] in line]
         assert two.returncode != 0 and len(lines) == 1 and says in lines[0], two.stderr
         assert 'train.py", line' not in two.stderr  # torchrun shows a traceback of its own, we none
