@@ -191,21 +191,27 @@ def _tangent() -> Case:
     return Case("tangent", make, call, lambda x: 2 * size(x["x"]) + size(x["a"]))
 
 
-def _magnitude() -> Case:
+def _magnitude(side: str) -> Case:
+    """Input side: of a step N and A = W Q. Output side, fp32 beside bf16: of P, W dV^T and P dV dV^T."""
+    same = side == "input"
+
     def make(rows: int, cols: int, device: torch.device) -> dict[str, Any]:
         names = ("mag", "n", "mag_m", "mag_v")
         own = {k: random(device, rows, dtype=torch.float32, seed=n).abs() + 1 for n, k in enumerate(names)}
         own |= {k: own[k][None] for k in ("mag_m", "mag_v")}
-        step, a = random(device, rows, cols) * 1e-2, random(device, rows, cols + PROBE, seed=1)
-        s = random(device, rows, dtype=torch.float32)
-        return {"state": own, "s": s, "step": step, "a": a[:, :cols], "h": row(device)}
+        a, s = random(device, rows, cols + PROBE, seed=1), random(device, rows, dtype=torch.float32)
+        x = random(device, rows, cols, dtype=torch.bfloat16 if same else torch.float32) * 1e-2
+        return {"state": own, "s": s, "x": x, "a": a[:, :cols], "b": x if same else x * 0.5, "h": row(device)}
 
     def call(x: dict[str, Any], impl: Impl) -> Any:
         return dispatch.magnitude_(
-            x["state"], x["s"], x["step"], x["a"], x["step"], x["h"], 0.5, *BETAS, 1e-6, impl=impl
+            x["state"], x["s"], x["x"], x["a"], x["b"], x["h"], 0.5, *BETAS, 1e-6, impl=impl
         )
 
-    return Case("magnitude", make, call, lambda x: size(x["step"], x["a"]) + 11 * size(x["s"]))
+    def moved(x: dict[str, Any]) -> int:
+        return size(x["x"], x["a"]) + (0 if same else size(x["b"])) + 11 * size(x["s"])
+
+    return Case("magnitude" if same else "magnitude_output", make, call, moved)
 
 
 def _parts() -> Case:
@@ -287,7 +293,7 @@ CASES = {
     c.name: c
     for c in (
         *map(_adam, STORES), *map(_direction, STORES), _rescale(), _squares(), _probe(), _cross_entropy(),
-        _rows(), _tangent(), _magnitude(), _parts(), _grouped(),
+        _rows(), _tangent(), *map(_magnitude, ("input", "output")), _parts(), _grouped(),
         _natural_dots(), _natural_weights(), _natural_direction(),
     )
 }  # fmt: skip

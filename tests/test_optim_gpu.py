@@ -51,13 +51,20 @@ def test_dense_update_equals_the_reference(dtype, moments):
     assert opts[1].scalars.t.tolist() == [6, 6, 5, 6]
 
 
-@pytest.mark.parametrize("method", METHODS)
-@pytest.mark.parametrize("side", ["input", "output", "both"])
-def test_a_method_trains_alike_on_both_devices(method, side):
-    sides = METHODS[method].config.CHOICES.get("side", ())
-    if side not in (sides or ("input",)):
-        pytest.skip(f"{method} has no side={side}")
-    settings = keys(method) | ({"side": side} if sides else {})
+def ways():
+    """Every method by its sides, and with the lift deferred."""
+    for method in METHODS:
+        choices = METHODS[method].config.CHOICES
+        for side in ("input", "output", "both"):
+            if side in choices.get("side", ("input",)):
+                yield method, {"side": side} if "side" in choices else {}
+        if "side" in choices:
+            yield method, {"lift": "deferred"}
+
+
+@pytest.mark.parametrize(("method", "how"), ways(), ids=str)
+def test_a_method_trains_alike_on_both_devices(method, how):
+    settings = keys(method) | how
     settings |= {"eps": 1e-5} if "rank" in settings else {}
     cpu = Tiny(dtype=torch.float32)
     gpu = copy.deepcopy(cpu).cuda()
