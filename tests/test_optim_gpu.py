@@ -62,7 +62,7 @@ def ways():
             yield method, {"lift": "deferred"}
 
 
-@pytest.mark.parametrize(("method", "how"), ways(), ids=str)
+@pytest.mark.parametrize(("method", "how"), list(ways()), ids=str)
 def test_a_method_trains_alike_on_both_devices(method, how):
     settings = keys(method) | how
     settings |= {"eps": 1e-5} if "rank" in settings else {}
