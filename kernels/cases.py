@@ -179,21 +179,27 @@ def _rows() -> Case:
     return Case("rows", make, call, lambda x: 2 * size(x["w"]) + size(x["product"]))
 
 
-def _tangent() -> Case:
+def _tangent(late: bool) -> Case:
     def make(rows: int, cols: int, device: torch.device) -> dict[str, Any]:
-        sums, mag, n = (random(device, rows, dtype=torch.float32, seed=n) for n in (3, 4, 5))
-        x, a = random(device, rows, cols), random(device, rows, cols, seed=1)
-        return {"x": x, "a": a, "sums": sums, "mag": mag.abs() + 1, "n": n.abs() + 1}
+        sums, mag, n, rho = (random(device, rows, dtype=torch.float32, seed=n) for n in (3, 4, 5, 6))
+        x, a = (random(device, rows, cols + PROBE, seed=n) for n in range(2))
+        c, z = random(device, rows, cols, seed=7), random(device, rows, PROBE, seed=8)
+        both = {"x": x, "a": a, "sums": sums, "mag": mag.abs() + 1, "n": n.abs() + 1}
+        return both | {"beside": (c, z, rho.abs() + 1) if late else None}
 
     def call(x: dict[str, Any], impl: Impl) -> Any:
-        return dispatch.tangent_(x["x"], x["a"], x["sums"], x["mag"], x["n"], 1e-6, impl=impl)
+        return dispatch.tangent_(x["x"], x["a"], x["sums"], x["mag"], x["n"], 1e-6, x["beside"], impl=impl)
 
-    return Case("tangent", make, call, lambda x: 2 * size(x["x"]) + size(x["a"]))
+    def moved(x: dict[str, Any]) -> int:
+        return 2 * size(x["x"]) + size(x["a"], *(x["beside"] or ()))
+
+    return Case("tangent_late" if late else "tangent", make, call, moved)
 
 
 def _magnitude(side: str) -> Case:
-    """Input side: of a step N and A = W Q. Output side, fp32 beside bf16: of P, W dV^T and P dV dV^T."""
-    same = side == "input"
+    """Input side: of a step N and A = W Q; late: with C and rho of a lift that waits. Output side: of P,
+    W dV^T and P dV dV^T, fp32 beside bf16."""
+    same, late = side != "output", side == "late"
 
     def make(rows: int, cols: int, device: torch.device) -> dict[str, Any]:
         names = ("mag", "n", "mag_m", "mag_v")
@@ -201,17 +207,19 @@ def _magnitude(side: str) -> Case:
         own |= {k: own[k][None] for k in ("mag_m", "mag_v")}
         a, s = random(device, rows, cols + PROBE, seed=1), random(device, rows, dtype=torch.float32)
         x = random(device, rows, cols, dtype=torch.bfloat16 if same else torch.float32) * 1e-2
-        return {"state": own, "s": s, "x": x, "a": a[:, :cols], "b": x if same else x * 0.5, "h": row(device)}
+        c, rho = random(device, rows, cols, seed=7), 1 + random(device, rows, dtype=torch.float32, seed=8) / 9
+        b, beside = x if same else x * 0.5, (c, rho) if late else None
+        return {"state": own, "s": s, "x": x, "a": a[:, :cols], "b": b, "h": row(device), "beside": beside}
 
     def call(x: dict[str, Any], impl: Impl) -> Any:
-        return dispatch.magnitude_(
-            x["state"], x["s"], x["x"], x["a"], x["b"], x["h"], 0.5, *BETAS, 1e-6, impl=impl
-        )
+        given = (x["state"], x["s"], x["x"], x["a"], x["b"], x["h"], 0.5, *BETAS, 1e-6, x["beside"], True)
+        return dispatch.magnitude_(*given, impl=impl)
 
     def moved(x: dict[str, Any]) -> int:
-        return size(x["x"], x["a"]) + (0 if same else size(x["b"])) + 11 * size(x["s"])
+        others = () if same else (x["b"],)
+        return size(x["x"], x["a"], *others) + 2 * size(*(x["beside"] or ())) + 11 * size(x["s"])
 
-    return Case("magnitude" if same else "magnitude_output", make, call, moved)
+    return Case({"input": "magnitude"}.get(side, f"magnitude_{side}"), make, call, moved)
 
 
 def _parts() -> Case:
@@ -293,7 +301,7 @@ CASES = {
     c.name: c
     for c in (
         *map(_adam, STORES), *map(_direction, STORES), _rescale(), _squares(), _probe(), _cross_entropy(),
-        _rows(), _tangent(), *map(_magnitude, ("input", "output")), _parts(), _grouped(),
-        _natural_dots(), _natural_weights(), _natural_direction(),
+        _rows(), *map(_tangent, (False, True)), *map(_magnitude, ("input", "output", "late")),
+        _parts(), _grouped(), _natural_dots(), _natural_weights(), _natural_direction(),
     )
 }  # fmt: skip

@@ -172,33 +172,35 @@ def rows_(
 
 
 def tangent_(
-    x: Tensor, a: Tensor, sums: Tensor, mag: Tensor, n: Tensor, least: float, impl: Impl = "auto"
-) -> Tensor:
+    x: Tensor, a: Tensor, sums: Tensor, mag: Tensor, n: Tensor, least: float,
+    beside: tuple[Tensor, Tensor, Tensor] | None = None, impl: Impl = "auto",
+) -> Tensor:  # fmt: skip
     """reference.tangent_, same arguments: s (rows,), and x becomes the direction's gradient."""
-    wide = {t.dtype for t in (sums, mag, n)}
+    wide = {t.dtype for t in (sums, mag, n, *(beside or ())[2:])}
     problem = f"{x.dtype} with {wide}" if wide != {torch.float32} else ""
-    if choose([x, a, sums, mag, n], impl, FLOATS, problem) == "ref":
-        return reference.tangent_(x, a, sums, mag, n, least)
+    if choose([x, a, sums, mag, n, *(beside or ())], impl, FLOATS, problem) == "ref":
+        return reference.tangent_(x, a, sums, mag, n, least, beside)
     from . import rows
 
-    return rows.launch_tangent(x, a, sums, mag, n, least)
+    return rows.launch_tangent(x, a, sums, mag, n, least, beside)
 
 
 def magnitude_(
     state: State, s: Tensor, x: Tensor, a: Tensor, b: Tensor, h: Tensor, rate: float,
-    beta1: float, beta2: float, eps: float, least: float, impl: Impl = "auto",
+    beta1: float, beta2: float, eps: float, least: float, beside: tuple[Tensor, Tensor] | None = None,
+    noise: bool = False, impl: Impl = "auto",
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """reference.magnitude_, same arguments: keep, factor (rows,)."""
-    wide = {t.dtype for t in (s, h, *(state[k] for k in ("mag", "n", "mag_m", "mag_v")))}
+    vectors = [s, h, *(state[k] for k in ("mag", "n", "mag_m", "mag_v")), *(beside or ())[1:]]
+    wide = {t.dtype for t in vectors}
     problem = f"dtype {wide}" if wide != {torch.float32} else ""
     if a.stride(1) != 1 or a.dtype not in FLOATS:
         problem = f"{a.dtype} whose rows may not be contiguous"
-    tensors = [x, b, s, h, *(state[k] for k in ("mag", "n", "mag_m", "mag_v"))]
-    if choose(tensors, impl, FLOATS, problem) == "ref":
-        return reference.magnitude_(state, s, x, a, b, h, rate, beta1, beta2, eps, least)
+    if choose([x, b, *vectors, *(beside or ())[:1]], impl, FLOATS, problem) == "ref":
+        return reference.magnitude_(state, s, x, a, b, h, rate, beta1, beta2, eps, least, beside, noise)
     from . import rows
 
-    return rows.launch_magnitude(state, s, x, a, b, h, rate, beta1, beta2, eps, least)
+    return rows.launch_magnitude(state, s, x, a, b, h, rate, beta1, beta2, eps, least, beside, noise)
 
 
 def natural_dots_(

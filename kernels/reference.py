@@ -214,11 +214,15 @@ def tangent_(
     mag: Tensor,  # (rows,) wide
     n: Tensor,  # (rows,) wide: lengths of V's rows
     least: float,  # of |mag| as a divisor
+    beside: tuple[Tensor, Tensor, Tensor] | None = None,  # C (rows, r), C Q^T S (rows, cols - r), rho (rows,)
 ) -> Tensor:
-    """x <- mag / n (x - s / mag a), what of the gradient is V's; s = sums / mag (rows,) wide: mag's."""
-    mag = divisor(mag, least)
+    """x <- mag / n (x - s / mag A), what of the gradient is V's; s = sums / mag (rows,) wide: mag's.
+    A: a, or rho a + [C, C Q^T S] (optim/lift.py)."""
+    mag, a = divisor(mag, least), a.to(n.dtype)
+    if beside is not None:
+        a = a * beside[2][:, None] + torch.cat(beside[:2], 1).to(n.dtype)
     s = sums / mag
-    x.copy_((mag / n)[:, None] * (x.to(n.dtype) - (s / mag)[:, None] * a.to(n.dtype)))
+    x.copy_((mag / n)[:, None] * (x.to(n.dtype) - (s / mag)[:, None] * a))
     return s
 
 
@@ -234,10 +238,15 @@ def magnitude_(
     beta2: float,
     eps: float,
     least: float,  # of |mag| as a divisor
+    beside: tuple[Tensor, Tensor] | None = None,  # in place: C (rows, cols), rho (rows,)
+    noise: bool = False,  # a bf16 C is rounded as write_ does with h
 ) -> tuple[Tensor, Tensor]:
     """Adam on mag, and the new length of V: W <- keep W + factor dV. keep, factor (rows,) wide. Nothing
-    changes where OK is 0."""
+    changes where OK is 0. With beside rho a + C stands for a, and C <- keep C + factor x, rho <- keep rho."""
     mag, n, ok = divisor(state["mag"], least), state["n"], h[Column.OK] > 0
+    a = a.to(n.dtype)
+    if beside is not None:
+        a = a * beside[1][:, None] + beside[0].to(n.dtype)
     along, square = ((x.to(n.dtype) * t.to(n.dtype)).sum(1) for t in (a, b))
     moments = {"m": state["mag_m"], "v": state["mag_v"]}
     moved = adam_direction(s[None], moments, h, beta1, beta2, eps, n.dtype)[0] * rate
@@ -247,6 +256,9 @@ def magnitude_(
     keep = torch.where(ok, new * n / (length * mag), 1.0)
     state["mag"].copy_(new)
     n.copy_(length)
+    if beside is not None:
+        rows_(beside[0], x, keep, new / length, h if noise else None)
+        beside[1].mul_(keep)
     return keep, new / length
 
 

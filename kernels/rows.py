@@ -1,6 +1,7 @@
 """Weights as magnitude times direction, by rows: reference.tangent_, magnitude_, rows_.
 
-In torch an update of one matrix takes some fifty launches around its three products; here it is three.
+In torch an update of one matrix takes some fifty launches around its three products; here it is three, and
+two where the lift waits.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from .adam import TILE, WARPS, _step, bits, stochastic, tile
 LANES = 256
 # Of magnitude_kernel. On an H200 11008 x 1024 take 17.9 us in it (torch.compile: 25.7), 4096 x 1024 10.8
 # (11.0), 5504 x 512 9.1 (9.5), 2048 x 512 7.6 (7.2); one row by 512 in a warp 21.7, 11.2, 11.4 and 8.0.
-LINES, LONG, FEW = 8, 256, 2
+LINES, LONG, FEW, MANY = 8, 256, 2, 8
 
 
 @triton.jit
@@ -58,13 +59,18 @@ def _divisor(mag, least):
 def tangent_kernel(
     x_ptr,  # (rows, cols), in place
     a_ptr,  # (rows, cols)
-    sums_ptr,  # (rows,) fp32, like the next three
+    c_ptr,  # (rows, r); read where BESIDE, like the next two
+    z_ptr,  # (rows, cols - r)
+    rho_ptr,  # (rows,) fp32, like the next four
+    sums_ptr,
     mag_ptr,
     n_ptr,
     s_ptr,  # written
     rows,
     cols,
+    r,
     least,
+    BESIDE: tl.constexpr,
     EVEN: tl.constexpr,
     BLOCKS: tl.constexpr,
     WIDTH: tl.constexpr,
@@ -76,6 +82,12 @@ def tangent_kernel(
         tl.store(s_ptr + line, s, mask=inside)
     x = tl.load(x_ptr + at, mask=mask, other=0).to(tl.float32)
     a = tl.load(a_ptr + at, mask=mask, other=0).to(tl.float32)
+    if BESIDE:
+        own, rest = mask & (col < r)[None, :], mask & (col >= r)[None, :]
+        place = line.to(tl.int64)[:, None]
+        y = tl.load(c_ptr + place * r + col[None, :], mask=own, other=0).to(tl.float32)
+        z = tl.load(z_ptr + place * (cols - r) + (col - r)[None, :], mask=rest, other=0).to(tl.float32)
+        a = a * tl.load(rho_ptr + line, mask=inside, other=0.0)[:, None] + y + z
     c = mag / tl.load(n_ptr + line, mask=inside, other=1.0)
     x = c[:, None] * (x - (s / mag)[:, None] * a)
     tl.store(x_ptr + at, x.to(x_ptr.dtype.element_ty), mask=mask)
@@ -86,7 +98,9 @@ def magnitude_kernel(
     x_ptr,  # (rows, cols) contiguous
     a_ptr,  # (rows, cols), of row stride `stride`
     b_ptr,  # (rows, cols) contiguous; read unless SAME
-    mag_ptr,  # (rows,) fp32, as all vectors; in place
+    c_ptr,  # (rows, cols) contiguous, in place; where BESIDE, like rho
+    rho_ptr,  # (rows,) fp32, as all vectors; in place
+    mag_ptr,  # in place
     n_ptr,  # in place
     m_ptr,  # in place
     v_ptr,  # in place
@@ -105,64 +119,89 @@ def magnitude_kernel(
     rest2,
     eps,
     SAME: tl.constexpr,  # b is x
+    BESIDE: tl.constexpr,
+    STOCHASTIC: tl.constexpr,  # c is rounded so
     BLOCKS: tl.constexpr,
     WIDTH: tl.constexpr,
 ):
     line = tl.program_id(0).to(tl.int64) * BLOCKS + tl.arange(0, BLOCKS)
     inside, lane = line < rows, tl.arange(0, WIDTH)
+    ok = tl.load(row + 3) > 0  # nothing waits for it: a branch took 0.5 us of 6
     old = tl.load(mag_ptr + line, mask=inside, other=1.0)
     n = tl.load(n_ptr + line, mask=inside, other=1.0)
     s = tl.load(s_ptr + line, mask=inside, other=0.0)
-    if tl.load(row + 3) > 0:
-        along = tl.zeros((BLOCKS, WIDTH), tl.float32)
-        square = tl.zeros((BLOCKS, WIDTH), tl.float32)
+    if BESIDE:
+        rho = tl.load(rho_ptr + line, mask=inside, other=0.0)
+    along = tl.zeros((BLOCKS, WIDTH), tl.float32)
+    square = tl.zeros((BLOCKS, WIDTH), tl.float32)
+    for start in range(0, cols, WIDTH):
+        col = start + lane
+        mask = inside[:, None] & (col < cols)[None, :]
+        at = line[:, None] * cols + col[None, :]
+        x = tl.load(x_ptr + at, mask=mask, other=0).to(tl.float32)
+        a = tl.load(a_ptr + line[:, None] * stride + col[None, :], mask=mask, other=0).to(tl.float32)
+        b = x if SAME else tl.load(b_ptr + at, mask=mask, other=0).to(tl.float32)
+        if BESIDE:
+            a = a * rho[:, None] + tl.load(c_ptr + at, mask=mask, other=0).to(tl.float32)
+        along += x * a
+        square += x * b
+    mag = _divisor(old, least)
+    moves = tl.where(ok, inside, False)
+    top, below = _step(
+        s, m_ptr, v_ptr, m_ptr, v_ptr, s, line, moves, line, moves, row, 0,
+        beta1, rest1, beta2, rest2, tl.float32, False, True,
+    )  # fmt: skip
+    new = tl.load(row + 1) * old - tl.load(row) * (top / (below + eps)) * rate
+    length = n * n + 2 * (n / mag) * tl.sum(along, 1) + tl.sum(square, 1)
+    length = tl.maximum(tl.sqrt(tl.maximum(length, 0.0)), 1.1754943508222875e-38)
+    new, length = tl.where(ok, new, old), tl.where(ok, length, n)
+    keep, factor = tl.where(ok, new * n / (length * mag), 1.0), new / length
+    tl.store(mag_ptr + line, new, mask=inside)
+    tl.store(n_ptr + line, length, mask=inside)
+    tl.store(keep_ptr + line, keep, mask=inside)
+    tl.store(factor_ptr + line, factor, mask=inside)
+    if BESIDE:
         for start in range(0, cols, WIDTH):
             col = start + lane
-            mask = inside[:, None] & (col < cols)[None, :]
+            mask = (col < cols)[None, :] & inside[:, None]
             at = line[:, None] * cols + col[None, :]
             x = tl.load(x_ptr + at, mask=mask, other=0).to(tl.float32)
-            a = tl.load(a_ptr + line[:, None] * stride + col[None, :], mask=mask, other=0).to(tl.float32)
-            b = x if SAME else tl.load(b_ptr + at, mask=mask, other=0).to(tl.float32)
-            along += x * a
-            square += x * b
-        mag = _divisor(old, least)
-        top, below = _step(
-            s, m_ptr, v_ptr, m_ptr, v_ptr, s, line, inside, line, inside, row, 0,
-            beta1, rest1, beta2, rest2, tl.float32, False, True,
-        )  # fmt: skip
-        new = tl.load(row + 1) * old - tl.load(row) * (top / (below + eps)) * rate
-        length = n * n + 2 * (n / mag) * tl.sum(along, 1) + tl.sum(square, 1)
-        length = tl.maximum(tl.sqrt(tl.maximum(length, 0.0)), 1.1754943508222875e-38)
-        tl.store(mag_ptr + line, new, mask=inside)
-        tl.store(n_ptr + line, length, mask=inside)
-        tl.store(keep_ptr + line, new * n / (length * mag), mask=inside)
-        tl.store(factor_ptr + line, new / length, mask=inside)
-    else:
-        tl.store(keep_ptr + line, tl.full((BLOCKS,), 1.0, tl.float32), mask=inside)
-        tl.store(factor_ptr + line, old / n, mask=inside)
+            c = tl.load(c_ptr + at, mask=mask, other=0).to(tl.float32)
+            c = c * keep[:, None] + x * factor[:, None]
+            if STOCHASTIC:
+                c = stochastic(c, bits(at, row) >> 16)
+            tl.store(c_ptr + at, c.to(c_ptr.dtype.element_ty), mask=mask)
+        tl.store(rho_ptr + line, rho * keep, mask=inside)
 
 
-def launch_tangent(x: Tensor, a: Tensor, sums: Tensor, mag: Tensor, n: Tensor, least: float) -> Tensor:
+def launch_tangent(
+    x: Tensor, a: Tensor, sums: Tensor, mag: Tensor, n: Tensor, least: float,
+    beside: tuple[Tensor, Tensor, Tensor] | None,
+) -> Tensor:  # fmt: skip
     (rows, cols), s = x.shape, torch.empty_like(sums)
     blocks = TILE // LANES
+    c, z, rho = beside or (None, None, None)
     if x.numel():
         tangent_kernel[(triton.cdiv(rows, blocks) * triton.cdiv(cols, LANES),)](
-            x, a, sums, mag, n, s, rows, cols, least, EVEN=cols % LANES == 0, BLOCKS=blocks, WIDTH=LANES,
-            num_warps=WARPS,
+            x, a, c, z, rho, sums, mag, n, s, rows, cols, 0 if c is None else c.shape[1], least,
+            BESIDE=c is not None, EVEN=cols % LANES == 0, BLOCKS=blocks, WIDTH=LANES, num_warps=WARPS,
         )  # fmt: skip
     return s
 
 
 def launch_magnitude(
     state: dict[str, Tensor], s: Tensor, x: Tensor, a: Tensor, b: Tensor, h: Tensor, rate: float,
-    beta1: float, beta2: float, eps: float, least: float,
+    beta1: float, beta2: float, eps: float, least: float, beside: tuple[Tensor, Tensor] | None, noise: bool,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     (rows, cols), keep, factor = x.shape, torch.empty_like(s), torch.empty_like(s)
+    c, rho = beside or (None, None)
     if rows:
         magnitude_kernel[(triton.cdiv(rows, LINES),)](
-            x, a, b, state["mag"], state["n"], state["mag_m"], state["mag_v"], s, keep, factor, h,
+            x, a, b, c, rho, state["mag"], state["n"], state["mag_m"], state["mag_v"], s, keep, factor, h,
             rows, cols, a.stride(0), rate, least, beta1, 1 - beta1, beta2, 1 - beta2, eps,
-            SAME=b is x, BLOCKS=LINES, WIDTH=LONG, num_warps=FEW,
+            SAME=b is x, BESIDE=c is not None,
+            STOCHASTIC=noise and c is not None and c.dtype == torch.bfloat16,
+            BLOCKS=LINES, WIDTH=LONG, num_warps=FEW if b is x and c is None else MANY,
         )  # fmt: skip
     return keep, factor
 

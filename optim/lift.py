@@ -58,18 +58,16 @@ def begin(u: Unit, wide: torch.dtype) -> None:
         u.state["wq"] = w.new_zeros(len(u.w), u.q.r + u.q.k)
 
 
-def step_(u: Unit, n: Tensor, keep: Tensor | None, factor: Tensor | None, h: Tensor | None) -> None:
-    """C <- keep C + factor N, rho <- keep rho; keep 0-dim or of rows, None without decay. Rounded as W would
-    be: kernels.lift_.
-    """
+def step_(u: Unit, n: Tensor, keep: Tensor | None, h: Tensor | None) -> None:
+    """C <- keep C + N, rho <- keep rho; keep 0-dim, None without decay. Rounded as W would be: kernels.lift_.
+    Of a weight with a magnitude it is kernels.magnitude_ that does this."""
     c = u.state["c"][: len(n)]
     if keep is None and (h is None or c.dtype != torch.bfloat16):
         c.add_(n)
     else:
-        kernels.rows_(c, n, keep, factor, h)
+        kernels.rows_(c, n, keep, None, h)
     if keep is not None:
-        rho = u.state["rho"]
-        (rho[: len(n)] if rho.ndim else rho).mul_(keep)
+        u.state["rho"].mul_(keep)
 
 
 def fold_(w: Tensor, c: Tensor, qs: Tensor, rho: Tensor | None, h: Tensor | None = None) -> None:
@@ -92,14 +90,10 @@ def reproject(u: Unit) -> None:
         torch.mm(w, u.q.qs.to(w.dtype), out=u.state["wq"])
 
 
-def projected(u: Unit) -> Tensor:
-    """(rho W + C Q^T) [Q, S], (out, r + k) in W's dtype, without a product with W."""
-    assert u.q is not None
-    wq = u.state["wq"]
-    c, rho = (u.state[k][: len(wq)] for k in ("c", "rho"))
-    a = torch.cat([c, c @ u.q.cross.to(c.dtype)], 1)
-    kernels.rows_(a, wq, None, rho, None)
-    return a
+def beside(u: Unit) -> tuple[Tensor, Tensor]:
+    """C (out, r) and rho (out,) of a weight with a magnitude, without padding."""
+    c, rho = (u.state[k][: len(u.state["wq"])] for k in ("c", "rho"))
+    return c, rho
 
 
 def load_(u: Unit, saved: dict[str, Tensor]) -> None:

@@ -82,7 +82,8 @@ def _refactor(u: Unit) -> None:
 
 
 def direction(u: Unit, w: Tensor, grads: list[Tensor]) -> tuple[list[Tensor], Tensor, Tensor | None]:
-    """From the leaves' gradients, [R, Z] and the sums of dY * y: [D Q, D S], s (rows,), [A, W S] or None."""
+    """From the leaves' gradients, [R, Z] and the sums of dY * y: [D Q, D S], s (rows,), and [A, W S] where
+    it was formed."""
     both, sums = grads
     mag, n = u.state["mag"], u.state["n"]
     if u.p is not None:
@@ -90,9 +91,12 @@ def direction(u: Unit, w: Tensor, grads: list[Tensor]) -> tuple[list[Tensor], Te
         left = (u.p.own.to(mag.dtype) * (s / n)[:, None]).to(w.dtype)
         return [both - (left.t() @ w).to(both.dtype)], s, None
     assert u.q is not None
-    a = lift.projected(u) if u.deferred else w @ u.q.qs.to(w.dtype)
-    s = kernels.tangent_(both, a.to(both.dtype), sums[:, 0], mag, n, least(w))
-    return [both], s, a
+    if u.deferred:
+        c, rho = lift.beside(u)
+        late = (c, c @ u.q.cross.to(c.dtype), rho)
+        return [both], kernels.tangent_(both, u.state["wq"], sums[:, 0], mag, n, least(w), late), None
+    a = w @ u.q.qs.to(w.dtype)
+    return [both], kernels.tangent_(both, a.to(both.dtype), sums[:, 0], mag, n, least(w)), a
 
 
 def direction_of_(u: Unit, w: Tensor, g: Tensor) -> Tensor:
@@ -112,13 +116,14 @@ def step_(
     w: Tensor,  # (rows, in), in place
     step: Tensor,  # N, -lr * direction in coordinates
     s: Tensor,  # (rows,)
-    a: Tensor | None,  # (rows, r or more) W Q; None on the output side
+    a: Tensor | None,  # (rows, r or more) W Q; None where direction gave none
     h: Tensor,  # the unit's row of the table: kernels.Column
 ) -> None:
     """mag, n and W after one update; nothing changes where the gradient is not finite."""
     assert u.mag is not None
     rule, wide = u.mag.rule, u.state["n"].dtype
     if u.p is None:
+        a = u.state["wq"] if u.rests else a
         assert a is not None and u.q is not None
         left, right = step, u.q.q.t()
         x, a, b = step, a[:, : step.shape[1]], step
@@ -127,11 +132,10 @@ def step_(
         x = left.to(wide).contiguous()  # S stands beside P
         a, b = w @ step.t().to(w.dtype), x @ (dv @ dv.t())
     rate, betas = u.mag.rate / u.scale, (rule.beta1, rule.beta2, rule.eps)
-    keep, factor = kernels.magnitude_(u.state, s, x, a, b, h, rate, *betas, least(w))
-    noise = h if u.noise else None
-    if u.rests:  # the rows' lengths are read at the fold's refresh
-        lift.step_(u, step, keep, factor, noise)
+    late = lift.beside(u) if u.rests else None
+    keep, factor = kernels.magnitude_(u.state, s, x, a, b, h, rate, *betas, least(w), late, u.noise)
+    if late:  # the rows' lengths are read at the fold's refresh
         return
-    kernels.lift_(w, left, right, keep, factor, noise)
+    kernels.lift_(w, left, right, keep, factor, h if u.noise else None)
     lift.reproject(u)
     _refactor(u)

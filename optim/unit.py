@@ -379,7 +379,7 @@ class Unit:
         table."""
         w, noise = self.w, h if self.noise else None
         if self.rests:
-            lift.step_(self, n, keep, None, noise)
+            lift.step_(self, n, keep, noise)
         elif self.q and self.grouped:
             eps = self.rule.eps if isinstance(self.rule, Velora) else 0.0
             kernels.grouped_(w[:, : self.q.n], n, self.q.qs, eps, keep, noise)

@@ -66,7 +66,9 @@ def run(script, **env):
 @kills("kernels/norms.py", "line[:, None] * stride", "line[:, None] * cols")
 @kills("kernels/norms.py", "total += x * x", "total = x * x")
 @kills("kernels/norms.py", "part, tl.sum(total)", "0 * part, tl.sum(total)")
-@kills("kernels/rows.py", "bits(at, row) >> 16", "bits(at, row) & 0xFFFF")
+@kills(
+    "kernels/rows.py", "x = stochastic(x, bits(at, row) >> 16)", "x = stochastic(x, bits(at, row) & 0xFFFF)"
+)
 @kills("kernels/rows.py", "x = stochastic(x, bits(at, row) >> 16)", "pass")
 @kills("kernels/rows.py", "tl.load(keep_ptr + line, mask", "tl.load(keep_ptr + 0 * line, mask")
 @kills("kernels/rows.py", "w = w * tl.load(keep_ptr)", "pass")
@@ -79,8 +81,21 @@ def run(script, **env):
 @kills("kernels/rows.py", "tl.load(row + 1) * old", "old")
 @kills("kernels/rows.py", "a_ptr + line[:, None] * stride", "a_ptr + line[:, None] * cols")
 @kills("kernels/rows.py", "mask = inside[:, None] & (col < cols)[None, :]", "mask = inside[:, None]")
-@kills("kernels/rows.py", "tl.full((BLOCKS,), 1.0, tl.float32)", "tl.full((BLOCKS,), 0.0, tl.float32)")
-@kills("kernels/rows.py", "tl.store(factor_ptr + line, old / n", "tl.store(factor_ptr + line, old")
+@kills("kernels/rows.py", "tl.where(ok, inside, False)", "inside")
+@kills("kernels/rows.py", "tl.where(ok, new, old)", "new")
+@kills("kernels/rows.py", "tl.where(ok, length, n)", "length")
+@kills("kernels/rows.py", "(length * mag), 1.0)", "(length * mag), 0.5)")
+@kills("kernels/rows.py", "(col < cols)[None, :] & inside[:, None]", "(col < cols)[None, :]")
+@kills("kernels/rows.py", "(col < cols)[None, :] & inside[:, None]", "inside[:, None]")
+@kills("kernels/rows.py", "c = stochastic(c, bits(at, row) >> 16)", "pass")
+@kills("kernels/rows.py", "c = c * keep[:, None]", "c = c")
+@kills("kernels/rows.py", "rho * keep", "rho")
+@kills("kernels/rows.py", "a * rho[:, None]", "a")
+@kills("kernels/rows.py", "STOCHASTIC=noise and c is not None", "STOCHASTIC=c is not None")
+@kills("kernels/rows.py", "(cols - r) + (col - r)[None, :]", "(cols - r) + col[None, :]")
+@kills("kernels/rows.py", "c_ptr + place * r", "c_ptr + place * cols")
+@kills("kernels/rows.py", "mask & (col >= r)[None, :]", "mask")
+@kills("kernels/rows.py", "mask & (col < r)[None, :]", "mask")
 @kills("kernels/rows.py", "new * n / (length * mag)", "new / mag")
 @kills("kernels/rows.py", "c[:, None] * (x - (s / mag)[:, None] * a)", "c[:, None] * (x - s[:, None] * a)")
 @kills("kernels/rows.py", "if tl.program_id(0) % tl.cdiv(cols, WIDTH) == 0:", "if False:")
@@ -151,7 +166,7 @@ def test_interpreted_kernels_equal_the_reference():
 @kills("kernels/norms.py", "cols, stride = tl.multiple_of(cols, 8), tl.multiple_of(stride, 8)", "pass")
 def test_kernels_compile_for_five_cards(tmp_path):
     code, out = run("compiled.py", TRITON_CACHE_DIR=str(tmp_path))
-    assert code == 0 and out.count("ok ") == 148, out
+    assert code == 0 and out.count("ok ") == 153, out
 
 
 BETAS = (0.9, 0.999, 1e-8)
@@ -262,7 +277,7 @@ def call(x, impl):
     return s
 c.CASES["tangent"].call = call"""
     env = os.environ | {"PYTHONPATH": str(ROOT), "TRITON_DEFAULT_FP_FUSION": "1", "TRITON_INTERPRET": "1"}
-    for lines, status, said in (("pass", 0, "all 19 kernels agree"), (wrong, 1, "WRONG: tangent\n")):
+    for lines, status, said in (("pass", 0, "all 21 kernels agree"), (wrong, 1, "WRONG: tangent\n")):
         script = "import sys, kernels.check as c\n" + lines + "\nsys.exit(c.main([]))"
         done = subprocess.run([sys.executable, "-c", script], env=env, capture_output=True, text=True)
         assert (done.returncode, done.stderr) == (status, "") and said in done.stdout, (

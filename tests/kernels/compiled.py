@@ -169,16 +169,24 @@ def cases():
         aligned = [n for n in arguments if n != "rows"] if whole else None
         what = f"rows {dtype} {keep} {'stochastic' if stochastic else 'nearest'} {whole}"
         yield rows.rows_kernel, arguments, constants, adam.WARPS, aligned, what
-    for dtype, whole in itertools.product(norms.DTYPES, (True, False)):
+    forms = ((False, True), (False, False), (True, False))
+    for dtype, (whole, late) in itertools.product(norms.DTYPES, forms):
         arguments = dict.fromkeys(("x_ptr", "a_ptr"), f"*{TYPES[dtype]}")
         arguments |= dict.fromkeys(("sums_ptr", "mag_ptr", "n_ptr", "s_ptr"), "*fp32")
-        arguments |= {"rows": "i32", "cols": "i32", "least": "fp32"}
-        constants = {"EVEN": whole, "BLOCKS": adam.TILE // rows.LANES, "WIDTH": rows.LANES}
+        arguments |= {"rows": "i32", "cols": "i32", "r": "i32", "least": "fp32"}
+        constants = {"EVEN": whole, "BLOCKS": adam.TILE // rows.LANES, "WIDTH": rows.LANES, "BESIDE": late}
+        for name in ("c_ptr", "z_ptr", "rho_ptr"):
+            kind = "*fp32" if name == "rho_ptr" else f"*{TYPES[dtype]}"
+            (arguments if late else constants)[name] = kind if late else None
         # 1040 columns, of which 16 are the probe's, are a multiple of 16, not of 256
         aligned = [n for n in arguments if n not in ("rows", "least")]
-        yield rows.tangent_kernel, arguments, constants, adam.WARPS, aligned, f"tangent {dtype} {whole}"
-    # bf16 on the output side: P and P dV dV^T in fp32, W dV^T in bf16
-    for x, a, same in (("bf16", "bf16", True), ("fp32", "bf16", False), ("fp32", "fp32", True)):
+        what = f"tangent {dtype} {whole} {late}"
+        yield rows.tangent_kernel, arguments, constants, adam.WARPS, aligned, what
+    # bf16 on the output side: P and P dV dV^T in fp32, W dV^T in bf16. Of a lift that waits: C's rounding
+    for x, a, same, late in (
+        ("bf16", "bf16", True, "stochastic"), ("bf16", "bf16", True, "nearest"), ("bf16", "bf16", True, None),
+        ("fp32", "fp32", True, None), ("fp32", "fp32", True, "nearest"), ("fp32", "bf16", False, None),
+    ):  # fmt: skip
         arguments = {"x_ptr": f"*{x}", "a_ptr": f"*{a}", "b_ptr": f"*{x}"}
         vectors = ("mag_ptr", "n_ptr", "m_ptr", "v_ptr", "s_ptr", "keep_ptr", "factor_ptr", "row")
         arguments |= dict.fromkeys(vectors, "*fp32")
@@ -186,7 +194,12 @@ def cases():
         aligned = [n for n in arguments if n != "rows"]
         arguments |= {"rate": "fp32", "least": "fp32"} | BETAS
         constants = {"SAME": same, "BLOCKS": rows.LINES, "WIDTH": rows.LONG}
-        yield rows.magnitude_kernel, arguments, constants, rows.FEW, aligned, f"magnitudes {x} {a} {same}"
+        constants |= {"BESIDE": late is not None, "STOCHASTIC": late == "stochastic"}
+        for name, kind in (("c_ptr", f"*{x}"), ("rho_ptr", "*fp32")):
+            (arguments if late else constants)[name] = kind if late else None
+        aligned += ["c_ptr", "rho_ptr"] if late else []
+        warps, what = rows.FEW if same and not late else rows.MANY, f"magnitudes {x} {a} {same} {late}"
+        yield rows.magnitude_kernel, arguments, constants, warps, aligned, what
     for dtype, grad in cross_entropy.VARIANTS:
         arguments = {"logits": f"*{TYPES[dtype]}", "labels": "*i64", "nll": "*fp32"}
         arguments |= {"V": "i32", "ignore": "i32"}

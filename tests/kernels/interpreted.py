@@ -304,7 +304,8 @@ def rescaled():
 
 
 def magnitudes(dtype):
-    """tangent_ and magnitude_: rows of either sign and one near zero, updated and skipped, of both sides."""
+    """tangent_ and magnitude_: rows of either sign and one near zero, updated and skipped, of both sides, and
+    with what a lift that waits has beside W, rounded either way."""
     worst, ok, g = Worst(), True, torch.Generator().manual_seed(0)
     for shape in PROJECTED:
         x, a = (torch.randn(shape, generator=g).to(dtype) for _ in range(2))
@@ -314,23 +315,32 @@ def magnitudes(dtype):
             x[:, 0].float().clone(),
         )
         mag[0] = -1e-30
-        x, ref, before = guarded(x), x.clone(), x.clone()
-        s = tangent_(x, a, sums, mag, n, 1e-3, impl="triton")
-        want = tangent_(ref, a, sums, mag, n, 1e-3, impl="ref")
-        worst.compare("w", guarded(s), want, torch.zeros_like(want))
-        worst.compare("w", x, ref, before)
+        c, rho = torch.randn(shape, generator=g) / 10, 1 - torch.rand(shape[0], generator=g) / 9
+        c = ((mag / n)[:, None] * c).to(dtype)  # of a row that is nearly zero so is C's
+        some = shape[1] // 3
+        parts = (c[:, some:].contiguous(), c[:, :some].contiguous(), rho)
+        for late in (None, parts):
+            y, ref, before = guarded(x), x.clone(), x.clone()
+            s = tangent_(y, a, sums, mag, n, 1e-3, late, impl="triton")
+            want = tangent_(ref, a, sums, mag, n, 1e-3, late, impl="ref")
+            worst.compare("w", guarded(s), want, torch.zeros_like(want))
+            worst.compare("w", y, ref, before)
         apart = torch.full((shape[0], shape[1] + 3), float("nan")).to(dtype)[:, : shape[1]]
         apart.copy_((mag / n)[:, None] * a)
         step = (torch.randn(shape, generator=g) / 100).to(dtype)
         state = {"mag": mag, "n": n, "mag_m": sums[None] / 9, "mag_v": sums[None].square() / 5}
-        other = step.float() * (1 + torch.rand(shape, generator=g))
-        for skipped, (left, right) in itertools.product((False, True), ((step, step), (step.float(), other))):
+        wide = step.float()
+        sides = [(step, step, None), (step, step, "w"), (step, step, "v")]
+        sides += [(wide, wide * (1 + torch.rand(shape, generator=g)), None)]
+        for skipped, (left, right, late) in itertools.product((False, True), sides):
             h = table_of(1)[0]
             h[Column.OK] = 0 if skipped else 1
             old, copy = copies([state])[0], copies([state])[0]
-            last = (h, 0.5, *BETAS, 1e-3)
-            outs = magnitude_(state, s, left, apart, right, *last, impl="triton")
-            wants = magnitude_(copy, s, left, apart, right, *last, impl="ref")
+            ours, others = [(guarded(c), guarded(rho)) if late else None for _ in "ab"]
+            rest, noise = (0.5, *BETAS, 1e-3), late == "v"
+            moved = torch.zeros_like(left) if skipped and late else left  # as a rule gives it
+            outs = magnitude_(state, s, moved, apart, right, h, *rest, ours, noise, impl="triton")
+            wants = magnitude_(copy, s, moved, apart, right, h, *rest, others, noise, impl="ref")
             for name, t in state.items():
                 ok &= torch.allclose(t, copy[name], rtol=2e-6, atol=1e-9) and (
                     skipped == torch.equal(t, old[name])
@@ -338,6 +348,10 @@ def magnitudes(dtype):
             ok &= all(torch.allclose(x, y, rtol=4e-6, atol=0) for x, y in zip(outs, wants, strict=True))
             ok &= not skipped or torch.equal(outs[0], torch.ones_like(s))
             ok &= all(bool(torch.isfinite(t).all()) for t in (*outs, *state.values()))
+            if late:
+                worst.compare(late, ours[0], others[0], c)
+                ok &= torch.allclose(ours[1], others[1], rtol=4e-6, atol=0) and intact(ours[1])
+                ok &= skipped == torch.equal(ours[0], c) == torch.equal(ours[1], rho)
     report(worst.verdict() and ok, "magnitudes", dtype, dict(worst))
 
 
@@ -418,6 +432,10 @@ def natural(grad, store, scaled):
                 # fp32: where an old m and g~ cancel, the rounding of their size is left
                 before = steps if grad == torch.bfloat16 else steps.abs().max().expand(steps.shape)
                 worst.compare("n", guarded(step), steps, before)
+                # and where g and the past cancel in g~, what is rounded is as large as g
+                part = (1 - BETAS[0]) * h[Column.CLIP] * x.float().abs()
+                if store == grad == torch.float32:
+                    old["m"] = torch.maximum(old["m"].abs(), part)
                 for name in set(ref) & {"m", "v", "m_scale", "v_scale"}:
                     worst.compare(name, both[0][name], ref[name], old[name])
     report(worst.verdict() and ok, "natural", grad, store, "scaled" if scaled else "", dict(worst))
