@@ -32,9 +32,9 @@ def main(argv: list[str]) -> int:
     print(f"{'kernel':<18}{'rows x columns':>16}{'ours':>10}{'compiled':>10}{'eager':>10}{'ratio':>8}")
     for name in names:
         case = CASES[name]
-        torch._dynamo.reset()  # its limit of recompilations is for all cases together
         shapes = [tuple(map(int, s.split("x"))) for s in given.get("shape", "").split(",") if s]
         for rows, cols in shapes or [shape_of(name)]:
+            torch._dynamo.reset()  # its limit is for all cases together; a second shape would be any shape
             x = case.make(rows, cols, device)
             ours, eager = (partial(case.call, x, impl) for impl in ("triton", "ref"))
             ms = [1e3 * timed(way) for way in (ours, torch.compile(eager), eager)]
