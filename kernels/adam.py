@@ -141,6 +141,7 @@ def _step(
     SCALED: tl.constexpr,
     MASKED: tl.constexpr,
     CLIPPED: tl.constexpr = False,  # g is already
+    SHARED: tl.constexpr = False,  # warps hold the same numbers: none may write what another has yet to read
 ):
     """Both parts of a tile's direction, top / (below + eps); its moments are read, updated and written."""
     if MOMENT == tl.int8:
@@ -162,6 +163,8 @@ def _step(
     root = tl.sqrt(v)  # the one square root a number: the direction's and the code's
     top = m * (1 / tl.load(row + 6))
     below = root * (1 / tl.sqrt(tl.load(row + 7)))
+    if SHARED:
+        tl.debug_barrier()
     if MOMENT == tl.int8:
         if SCALED:
             inverse = 1 / d

@@ -126,7 +126,7 @@ def magnitude_kernel(
 ):
     line = tl.program_id(0).to(tl.int64) * BLOCKS + tl.arange(0, BLOCKS)
     inside, lane = line < rows, tl.arange(0, WIDTH)
-    ok = tl.load(row + 3) > 0  # nothing waits for it: a branch took 0.5 us of 6
+    ok = tl.load(row + 3) > 0
     old = tl.load(mag_ptr + line, mask=inside, other=1.0)
     n = tl.load(n_ptr + line, mask=inside, other=1.0)
     s = tl.load(s_ptr + line, mask=inside, other=0.0)
@@ -149,7 +149,7 @@ def magnitude_kernel(
     moves = tl.where(ok, inside, False)
     top, below = _step(
         s, m_ptr, v_ptr, m_ptr, v_ptr, s, line, moves, line, moves, row, 0,
-        beta1, rest1, beta2, rest2, tl.float32, False, True,
+        beta1, rest1, beta2, rest2, tl.float32, False, True, False, True,
     )  # fmt: skip
     new = tl.load(row + 1) * old - tl.load(row) * (top / (below + eps)) * rate
     length = n * n + 2 * (n / mag) * tl.sum(along, 1) + tl.sum(square, 1)

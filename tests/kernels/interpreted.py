@@ -306,7 +306,7 @@ def rescaled():
 def magnitudes(dtype):
     """tangent_ and magnitude_: rows of either sign and one near zero, updated and skipped, of both sides, and
     with what a lift that waits has beside W, rounded either way."""
-    worst, ok, g = Worst(), True, torch.Generator().manual_seed(0)
+    worst, ok, g, rounded = Worst(), True, torch.Generator().manual_seed(0), {}
     for shape in PROJECTED:
         x, a = (torch.randn(shape, generator=g).to(dtype) for _ in range(2))
         mag, n, sums = (
@@ -335,23 +335,24 @@ def magnitudes(dtype):
         for skipped, (left, right, late) in itertools.product((False, True), sides):
             h = table_of(1)[0]
             h[Column.OK] = 0 if skipped else 1
-            old, copy = copies([state])[0], copies([state])[0]
+            own, copy = copies([state])[0], copies([state])[0]
             ours, others = [(guarded(c), guarded(rho)) if late else None for _ in "ab"]
             rest, noise = (0.5, *BETAS, 1e-3), late == "v"
             moved = torch.zeros_like(left) if skipped and late else left  # as a rule gives it
-            outs = magnitude_(state, s, moved, apart, right, h, *rest, ours, noise, impl="triton")
+            outs = magnitude_(own, s, moved, apart, right, h, *rest, ours, noise, impl="triton")
             wants = magnitude_(copy, s, moved, apart, right, h, *rest, others, noise, impl="ref")
-            for name, t in state.items():
-                ok &= torch.allclose(t, copy[name], rtol=2e-6, atol=1e-9) and (
-                    skipped == torch.equal(t, old[name])
-                )
+            for name, t in own.items():
+                ok &= torch.allclose(t, copy[name], rtol=2e-6, atol=1e-9) and intact(t)
+                ok &= skipped == torch.equal(t, state[name])
             ok &= all(torch.allclose(x, y, rtol=4e-6, atol=0) for x, y in zip(outs, wants, strict=True))
             ok &= not skipped or torch.equal(outs[0], torch.ones_like(s))
-            ok &= all(bool(torch.isfinite(t).all()) for t in (*outs, *state.values()))
+            ok &= all(bool(torch.isfinite(t).all()) for t in (*outs, *own.values()))
             if late:
                 worst.compare(late, ours[0], others[0], c)
+                rounded[late, skipped] = ours[0]
                 ok &= torch.allclose(ours[1], others[1], rtol=4e-6, atol=0) and intact(ours[1])
                 ok &= skipped == torch.equal(ours[0], c) == torch.equal(ours[1], rho)
+    ok &= torch.equal(rounded["w", False], rounded["v", False]) == (dtype == torch.float32)
     report(worst.verdict() and ok, "magnitudes", dtype, dict(worst))
 
 
