@@ -206,7 +206,7 @@ def _magnitude(side: str) -> Case:
         own = {k: random(device, rows, dtype=torch.float32, seed=n).abs() + 1 for n, k in enumerate(names)}
         own |= {k: own[k][None] for k in ("mag_m", "mag_v")}
         a, s = random(device, rows, cols + PROBE, seed=1), random(device, rows, dtype=torch.float32)
-        x = random(device, rows, cols, dtype=torch.bfloat16 if same else torch.float32) * 1e-2
+        x = random(device, rows, cols, dtype=torch.bfloat16 if same else torch.float32) * 1e-3  # n stays > 0
         c, rho = random(device, rows, cols, seed=7), 1 + random(device, rows, dtype=torch.float32, seed=8) / 9
         b, beside = x if same else x * 0.5, (c, rho) if late else None
         return {"state": own, "s": s, "x": x, "a": a[:, :cols], "b": b, "h": row(device), "beside": beside}

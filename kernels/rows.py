@@ -14,8 +14,10 @@ from torch import Tensor
 from .adam import TILE, WARPS, _step, bits, stochastic, tile
 
 LANES = 256
-# Of magnitude_kernel. On an H200 11008 x 1024 take 17.9 us in it (torch.compile: 25.7), 4096 x 1024 10.8
-# (11.0), 5504 x 512 9.1 (9.5), 2048 x 512 7.6 (7.2); one row by 512 in a warp 21.7, 11.2, 11.4 and 8.0.
+TANGENT = 4  # rows; with 8 and 8 numbers a thread more, 11008 x 1040 take 28.3 us instead of 25.6
+# Of magnitude_kernel: rows, columns at a time, warps where it reads two matrices, and more. On an H200, us
+# (torch.compile): 11008 x 1024 18 (26), output side 34 (39), late 32 (81); 4096 x 1024 11 (11), 16 (18),
+# 16 (28); 5504 x 512 9.3 (9.6), 14.0 (12.5), 13.5 (22); 2048 x 512 7.8 (7.1), 8.8 (8.9), 8.7 (15).
 LINES, LONG, FEW, MANY = 8, 256, 2, 8
 
 
@@ -179,12 +181,11 @@ def launch_tangent(
     beside: tuple[Tensor, Tensor, Tensor] | None,
 ) -> Tensor:  # fmt: skip
     (rows, cols), s = x.shape, torch.empty_like(sums)
-    blocks = TILE // LANES
     c, z, rho = beside or (None, None, None)
     if x.numel():
-        tangent_kernel[(triton.cdiv(rows, blocks) * triton.cdiv(cols, LANES),)](
+        tangent_kernel[(triton.cdiv(rows, TANGENT) * triton.cdiv(cols, LANES),)](
             x, a, c, z, rho, sums, mag, n, s, rows, cols, 0 if c is None else c.shape[1], least,
-            BESIDE=c is not None, EVEN=cols % LANES == 0, BLOCKS=blocks, WIDTH=LANES, num_warps=WARPS,
+            BESIDE=c is not None, EVEN=cols % LANES == 0, BLOCKS=TANGENT, WIDTH=LANES, num_warps=WARPS,
         )  # fmt: skip
     return s
 

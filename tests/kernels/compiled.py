@@ -174,7 +174,7 @@ def cases():
         arguments = dict.fromkeys(("x_ptr", "a_ptr"), f"*{TYPES[dtype]}")
         arguments |= dict.fromkeys(("sums_ptr", "mag_ptr", "n_ptr", "s_ptr"), "*fp32")
         arguments |= {"rows": "i32", "cols": "i32", "r": "i32", "least": "fp32"}
-        constants = {"EVEN": whole, "BLOCKS": adam.TILE // rows.LANES, "WIDTH": rows.LANES, "BESIDE": late}
+        constants = {"EVEN": whole, "BLOCKS": rows.TANGENT, "WIDTH": rows.LANES, "BESIDE": late}
         for name in ("c_ptr", "z_ptr", "rho_ptr"):
             kind = "*fp32" if name == "rho_ptr" else f"*{TYPES[dtype]}"
             (arguments if late else constants)[name] = kind if late else None
