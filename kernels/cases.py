@@ -179,13 +179,13 @@ def _rows() -> Case:
     return Case("rows", make, call, lambda x: 2 * size(x["w"]) + size(x["product"]))
 
 
-def _tangent(late: bool) -> Case:
+def _tangent(deferred: bool) -> Case:
     def make(rows: int, cols: int, device: torch.device) -> dict[str, Any]:
         sums, mag, n, rho = (random(device, rows, dtype=torch.float32, seed=n) for n in (3, 4, 5, 6))
         x, a = (random(device, rows, cols + PROBE, seed=n) for n in range(2))
         c, z = random(device, rows, cols, seed=7), random(device, rows, PROBE, seed=8)
         both = {"x": x, "a": a, "sums": sums, "mag": mag.abs() + 1, "n": n.abs() + 1}
-        return both | {"beside": (c, z, rho.abs() + 1) if late else None}
+        return both | {"beside": (c, z, rho.abs() + 1) if deferred else None}
 
     def call(x: dict[str, Any], impl: Impl) -> Any:
         return dispatch.tangent_(x["x"], x["a"], x["sums"], x["mag"], x["n"], 1e-6, x["beside"], impl=impl)
@@ -193,13 +193,13 @@ def _tangent(late: bool) -> Case:
     def moved(x: dict[str, Any]) -> int:
         return 2 * size(x["x"]) + size(x["a"], *(x["beside"] or ()))
 
-    return Case("tangent_late" if late else "tangent", make, call, moved)
+    return Case("tangent_deferred" if deferred else "tangent", make, call, moved)
 
 
 def _magnitude(side: str) -> Case:
-    """Input side: of a step N and A = W Q; late: with C and rho of a lift that waits. Output side: of P,
-    W dV^T and P dV dV^T, fp32 beside bf16."""
-    same, late = side != "output", side == "late"
+    """Input side: of a step N and A = W Q; deferred: with C and rho beside. Output side: of P, W dV^T and
+    P dV dV^T, fp32 beside bf16."""
+    same, deferred = side != "output", side == "deferred"
 
     def make(rows: int, cols: int, device: torch.device) -> dict[str, Any]:
         names = ("mag", "n", "mag_m", "mag_v")
@@ -208,7 +208,7 @@ def _magnitude(side: str) -> Case:
         a, s = random(device, rows, cols + PROBE, seed=1), random(device, rows, dtype=torch.float32)
         x = random(device, rows, cols, dtype=torch.bfloat16 if same else torch.float32) * 1e-3  # n stays > 0
         c, rho = random(device, rows, cols, seed=7), 1 + random(device, rows, dtype=torch.float32, seed=8) / 9
-        b, beside = x if same else x * 0.5, (c, rho) if late else None
+        b, beside = x if same else x * 0.5, (c, rho) if deferred else None
         return {"state": own, "s": s, "x": x, "a": a[:, :cols], "b": b, "h": row(device), "beside": beside}
 
     def call(x: dict[str, Any], impl: Impl) -> Any:
@@ -301,7 +301,7 @@ CASES = {
     c.name: c
     for c in (
         *map(_adam, STORES), *map(_direction, STORES), _rescale(), _squares(), _probe(), _cross_entropy(),
-        _rows(), *map(_tangent, (False, True)), *map(_magnitude, ("input", "output", "late")),
+        _rows(), *map(_tangent, (False, True)), *map(_magnitude, ("input", "output", "deferred")),
         _parts(), _grouped(), _natural_dots(), _natural_weights(), _natural_direction(),
     )
 }  # fmt: skip

@@ -14,9 +14,9 @@ from torch import Tensor
 from .adam import TILE, WARPS, _step, bits, stochastic, tile
 
 LANES = 256
-TANGENT = 4  # rows; with 8 and 8 numbers a thread more, 11008 x 1040 take 28.3 us instead of 25.6
+TANGENT = 4  # rows a program of tangent_kernel; with 8, 11008 x 1040 take 28.3 us instead of 25.6 (deferred)
 # Of magnitude_kernel: rows, columns at a time, warps where it reads two matrices, and more. On an H200, us
-# (torch.compile): 11008 x 1024 18 (26), output side 34 (39), late 32 (81); 4096 x 1024 11 (11), 16 (18),
+# (torch.compile): 11008 x 1024 18 (26), output side 34 (39), deferred 32 (81); 4096 x 1024 11 (11), 16 (18),
 # 16 (28); 5504 x 512 9.3 (9.6), 14.0 (12.5), 13.5 (22); 2048 x 512 7.8 (7.1), 8.8 (8.9), 8.7 (15).
 LINES, LONG, FEW, MANY = 8, 256, 2, 8
 

@@ -93,8 +93,8 @@ def direction(u: Unit, w: Tensor, grads: list[Tensor]) -> tuple[list[Tensor], Te
     assert u.q is not None
     if u.deferred:
         c, rho = lift.beside(u)
-        late = (c, c @ u.q.cross.to(c.dtype), rho)
-        return [both], kernels.tangent_(both, u.state["wq"], sums[:, 0], mag, n, least(w), late), None
+        beside = (c, c @ u.q.cross.to(c.dtype), rho)
+        return [both], kernels.tangent_(both, u.state["wq"], sums[:, 0], mag, n, least(w), beside), None
     a = w @ u.q.qs.to(w.dtype)
     return [both], kernels.tangent_(both, a.to(both.dtype), sums[:, 0], mag, n, least(w)), a
 
@@ -132,9 +132,9 @@ def step_(
         x = left.to(wide).contiguous()  # S stands beside P
         a, b = w @ step.t().to(w.dtype), x @ (dv @ dv.t())
     rate, betas = u.mag.rate / u.scale, (rule.beta1, rule.beta2, rule.eps)
-    late = lift.beside(u) if u.rests else None
-    keep, factor = kernels.magnitude_(u.state, s, x, a, b, h, rate, *betas, least(w), late, u.noise)
-    if late:  # the rows' lengths are read at the fold's refresh
+    beside = lift.beside(u) if u.rests else None
+    keep, factor = kernels.magnitude_(u.state, s, x, a, b, h, rate, *betas, least(w), beside, u.noise)
+    if beside:  # C has taken the step; the rows' lengths are read at the fold's refresh
         return
     kernels.lift_(w, left, right, keep, factor, h if u.noise else None)
     lift.reproject(u)

@@ -208,7 +208,7 @@ def test_w_q_of_a_magnitude_does_not_drift(fixed):
 
 @pytest.mark.parametrize("method", ["galore", "gradnormlorp"])
 @kills("optim/unit.py", "lift.step_(self, n, keep, noise)", "lift.step_(self, n, keep, None)")
-@kills("optim/magnitude.py", "late, u.noise)", "late, False)")
+@kills("optim/magnitude.py", "beside, u.noise)", "beside, False)")
 def test_c_is_rounded_as_w_would_be(fixed, method):
     """In bf16 stochastically or to nearest: one number in ten is another after two updates, by little."""
     found = []
