@@ -18,7 +18,7 @@ as CUDA graphs, and weighted as if bases were replaced every 200 steps: at 7b 32
 side with a refresh or refresh_every of its own, the adapter methods, and adarankgrad unless with
 optim.adapt_refresh=false, are timed as they run. Settings of one side follow it after a plus:
 optim=galore_8bit+optim.lift=deferred. `tokens`: of each of a step's `micro_batches` (1). `warm`: steps of
-each method, not of the peer, before the timed ones.
+each method before the timed ones, and of a peer that replaces bases.
 `profile` says where the time goes, after `warm` steps; with optim=METHOD+graph=off by shapes of products too.
 
 FOLDER comes from `python -m data.prepare`; without one the bundled sample is prepared. Each row of the record
@@ -245,7 +245,8 @@ def alternate(makers: dict[str, Any], tokens: int, pairs: int, warm: int | None)
         static[name] = (torch.cuda.memory_allocated() - before) / 2**30
         counts[name] = max(6, round(BLOCK_S / timed(sides[name], 5)))
         if isinstance(sides[name], Ours):
-            sides[name].steps(sides[name].settled if warm is None or name == "peer" else warm)
+            usual = warm is None or name == "peer" and not sides[name].weighted
+            sides[name].steps(sides[name].settled if usual else warm)
             sides[name].ends.clear()
         peaks[name] = (torch.cuda.max_memory_allocated() - before) / 2**30  # `before`: the other side's
         torch.cuda.empty_cache()
