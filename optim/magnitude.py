@@ -91,7 +91,7 @@ def direction(u: Unit, w: Tensor, grads: list[Tensor]) -> tuple[list[Tensor], Te
         left = (u.p.own.to(mag.dtype) * (s / n)[:, None]).to(w.dtype)
         return [both - (left.t() @ w).to(both.dtype)], s, None
     assert u.q is not None
-    if u.deferred:
+    if u.rests:
         c, rho = lift.beside(u)
         beside = (c, c @ u.q.cross.to(c.dtype), rho)
         return [both], kernels.tangent_(both, u.state["wq"], sums[:, 0], mag, n, least(w), beside), None
