@@ -180,6 +180,10 @@ def tensors(store="fp32", shape=(2, 5), dtype=torch.float32):
     return [torch.ones(shape, dtype=dtype)], [torch.ones(shape, dtype=dtype)], [state], torch.ones(1, 8), None
 
 
+@kills("kernels/dispatch.py", "choose([x, a, sums, mag, n, *(beside or ())]", "choose([x, a, sums, mag, n]")
+@kills("kernels/dispatch.py", "choose([x, b, *vectors, *(beside or ())[:1]]", "choose([x, b, *vectors]")
+@kills("kernels/dispatch.py", '"mag_v")), *(beside or ())[1:]]', '"mag_v"))]')
+@kills("kernels/dispatch.py", "n, *(beside or ())[2:])}", "n)}")
 def test_a_kernel_that_cannot_run_says_why():
     with pytest.raises(ValueError, match=r"impl=triton.*float64"):
         kernels.adam_(*tensors(dtype=torch.float64), *BETAS, impl="triton")
@@ -206,6 +210,14 @@ def test_a_kernel_that_cannot_run_says_why():
     ):
         with pytest.raises(ValueError, match=f"impl=triton.*{match}"):
             kernels.probe_squares(*given, torch.float32, impl="triton")
+    x, v, h = torch.ones(4, 4), torch.ones(4), torch.ones(8)
+    own = {"mag": v, "n": v, "mag_m": v[None], "mag_v": v[None]}
+    for c, rho, match in ((x.T[:, :2], v, "not contiguous"), (x[:, :2].clone(), v.double(), "float64")):
+        with pytest.raises(ValueError, match=f"impl=triton.*{match}"):
+            kernels.tangent_(x, x, v, v, v, 1e-6, (c, c.clone(), rho), impl="triton")
+    for c, rho, match in ((torch.ones(4, 8)[:, :4], v, "not contiguous"), (x, v.double(), "float64")):
+        with pytest.raises(ValueError, match=f"impl=triton.*{match}"):
+            kernels.magnitude_(own, v, x, x, x, h, 1, *BETAS, 1e-6, (c, rho), impl="triton")
     with pytest.raises(ValueError, match=r"impl=triton.*float64"):
         kernels.squares(gs, torch.float64, impl="triton")
     state["d"] = torch.ones(5)
